@@ -1,0 +1,75 @@
+"""Which device a model runs on, and in which precision."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+
+from .errors import InputError
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Precisions by the names that the command line uses."""
+
+PRECISION_NAMES = ("auto", *PRECISIONS)
+DEVICE_NAMES = ("auto", "cpu", "cuda")
+
+
+def resolve_device(device: str | torch.device = "auto") -> torch.device:
+    """`auto` is the first CUDA GPU where there is one, else the CPU.
+
+    Raises:
+        InputError: the device is unknown, or CUDA was asked for where there is none.
+    """
+    if isinstance(device, str) and device == "auto":
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        message = f"device is {device!r}; allowed: {', '.join(DEVICE_NAMES)}, cuda:N"
+        raise InputError(message) from error
+    if resolved.type not in ("cpu", "cuda"):
+        message = f"device is {str(device)!r}; allowed: {', '.join(DEVICE_NAMES)}, cuda:N"
+        raise InputError(message)
+    if resolved.type == "cuda":
+        if not torch.cuda.is_available():
+            message = "device is 'cuda', but torch sees no CUDA GPU here; `protnest info` says what there is"
+            raise InputError(message)
+        index = torch.cuda.current_device() if resolved.index is None else resolved.index
+        if index >= torch.cuda.device_count():
+            message = f"device is {str(device)!r}, but there are {torch.cuda.device_count()} GPUs"
+            raise InputError(message)
+        return torch.device("cuda", index)
+    return resolved
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bf16 matrices itself; elsewhere bf16 runs, but slower than fp32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    capabilities = torch.cpu.get_capabilities()
+    if platform.machine().lower() in ("arm64", "aarch64"):
+        return bool(capabilities.get("arm_bf16") or capabilities.get("bf16"))
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
+    """The dtype of a precision by name; `auto` is bf16 where the hardware has it, else fp32.
+
+    Raises:
+        InputError: the name is unknown, or fp16 was asked for on a CPU.
+    """
+    if precision == "auto":
+        return torch.bfloat16 if has_bf16(device) else torch.float32
+    if precision not in PRECISIONS:
+        message = f"precision is {precision!r}; allowed: {', '.join(PRECISION_NAMES)}"
+        raise InputError(message)
+    if precision == "fp16" and device.type == "cpu":
+        message = "precision is 'fp16' on a CPU, where ESM-2 can overflow and runs slowly; use bf16 or fp32"
+        raise InputError(message)
+    return PRECISIONS[precision]
+
+
+def precision_name(dtype: torch.dtype) -> str:
+    """The name of a dtype in `PRECISIONS`."""
+    return next(name for name, known in PRECISIONS.items() if known == dtype)

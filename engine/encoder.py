@@ -1,0 +1,194 @@
+"""The ESM-2 encoder, run on packed sequences.
+
+Architecture: Lin et al., Science 379:1123 (2023): pre-LayerNorm, rotary positions, exact GELU, token dropout.
+Shapes: B sequences, T tokens, L residues of one sequence, D width, H heads, K head width, F feed-forward, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..kernels.rotary import apply_rotary, rotary_table
+from ..kernels.varlen_attention import varlen_attention
+from .alphabet import MASK_ID, TOKENS
+from .config import EncoderConfig
+from .packing import PackedBatch, pack
+
+# Share of tokens that were masked in ESM-2's training: 15 % chosen, 80 % of these shown as <mask>.
+_TRAINED_MASK_RATIO = 0.15 * 0.8
+
+
+@dataclass(frozen=True, eq=False)
+class EncoderOutput:
+    """What a forward pass leaves.
+
+    Attributes:
+        hidden_TD: the last layer after the final LayerNorm.
+        layers: (T, D) of each layer that was asked for. 0 is the embedding, `config.layers` equals `hidden_TD`.
+    """
+
+    hidden_TD: torch.Tensor
+    layers: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+class _Turn(NamedTuple):
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+class _Layer(nn.Module):
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        D, eps = config.width, config.layer_norm_eps
+        self.heads = config.heads
+        self.attention_norm = nn.LayerNorm(D, eps=eps)
+        self.qkv = nn.Linear(D, 3 * D)
+        self.out = nn.Linear(D, D)
+        self.feedforward_norm = nn.LayerNorm(D, eps=eps)
+        self.fc1 = nn.Linear(D, config.feedforward)
+        self.fc2 = nn.Linear(config.feedforward, D)
+
+    def forward(self, x_TD: torch.Tensor, batch: PackedBatch, turn: _Turn) -> torch.Tensor:
+        T, D = x_TD.shape
+        H = self.heads
+        qkv_THK = self.qkv(self.attention_norm(x_TD)).view(T, 3 * H, D // H)
+        # Queries and keys turn in one go; values do not turn.
+        qk_THK = apply_rotary(qkv_THK[:, : 2 * H], turn.cos, turn.sin)
+        attended_THK = varlen_attention(
+            qk_THK[:, :H], qk_THK[:, H:], qkv_THK[:, 2 * H :], batch.cu_seqlens, batch.lengths_B
+        )
+        x_TD = x_TD + self.out(attended_THK.reshape(T, D))
+        return x_TD + self.fc2(F.gelu(self.fc1(self.feedforward_norm(x_TD))))
+
+
+class LanguageModelHead(nn.Module):
+    """Turns hidden states into logits over the alphabet; its last matrix is the token embedding."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.width, config.width)
+        self.norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
+        self.bias = nn.Parameter(torch.zeros(len(TOKENS)))
+
+    def forward(self, hidden_ND: torch.Tensor, embedding_VD: torch.Tensor) -> torch.Tensor:
+        return F.linear(self.norm(F.gelu(self.dense(hidden_ND))), embedding_VD, self.bias)
+
+
+class Encoder(nn.Module):
+    """An ESM-2 encoder on packed batches.
+
+    The answer for a sequence does not depend on its neighbours in the batch, beyond rounding.
+
+    Args:
+        config: the architecture.
+        head: whether there is a language-model head.
+        name: how messages call this model.
+        fingerprint: hash of architecture and weights, where the weights came from a checkpoint.
+    """
+
+    family = "esm2"
+
+    def __init__(
+        self, config: EncoderConfig, *, head: bool = True, name: str = "encoder", fingerprint: str | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.name = name
+        self.fingerprint = fingerprint
+        self.embed_tokens = nn.Embedding(len(TOKENS), config.width)
+        self.layers = nn.ModuleList(_Layer(config) for _ in range(config.layers))
+        self.final_norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
+        self.head = LanguageModelHead(config) if head else None
+
+    @property
+    def dim(self) -> int:
+        """D, the width of the embeddings."""
+        return self.config.width
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed_tokens.weight.dtype
+
+    def forward(self, batch: PackedBatch, *, layers: Collection[int] = ()) -> EncoderOutput:
+        """Hidden states of every token of the batch.
+
+        Args:
+            batch: B packed sequences, T tokens; moved to the encoder's device.
+            layers: which layers' hidden states to keep, from 0 (the embedding) to `config.layers`.
+
+        Raises:
+            ValueError: a layer does not exist.
+        """
+        deepest = self.config.layers
+        if outside := sorted(layer for layer in layers if not 0 <= layer <= deepest):
+            message = f"layers {outside} do not exist: {self.name} has 0 to {deepest}"
+            raise ValueError(message)
+        batch = batch.to(self.device)
+        x_TD = self._embed(batch)
+        kept = {0: x_TD} if 0 in layers else {}
+        turn = _Turn(*rotary_table(batch.positions_T, self.config.head_width, self.dtype))
+        for depth, layer in enumerate(self.layers, start=1):
+            x_TD = layer(x_TD, batch, turn)
+            if depth in layers and depth != deepest:
+                kept[depth] = x_TD
+        hidden_TD = self.final_norm(x_TD)
+        if deepest in layers:
+            kept[deepest] = hidden_TD
+        return EncoderOutput(hidden_TD, kept)
+
+    def _embed(self, batch: PackedBatch) -> torch.Tensor:
+        x_TD: torch.Tensor = self.embed_tokens(batch.tokens_T)
+        if not self.config.token_dropout:
+            return x_TD
+        # Per sequence: r = masks / (L + 2), <cls> and <eos> counted. Masked rows become zero, all others are scaled by
+        # (1 - 0.12) / (1 - r), also where nothing is masked. Sums of prefixes keep this free of a wait for the GPU.
+        masked_T = batch.tokens_T == MASK_ID
+        masks_before = F.pad(masked_T.cumsum(0), (1, 0))
+        begins, ends = batch.cu_seqlens[:-1].long(), batch.cu_seqlens[1:].long()
+        lengths = (ends - begins).clamp(min=1)
+        ratio_B = (masks_before[ends] - masks_before[begins]) / lengths
+        scale_B = (1 - _TRAINED_MASK_RATIO) / (1 - ratio_B.to(torch.float64))
+        scale_T = scale_B.repeat_interleave(ends - begins, output_size=x_TD.shape[0])
+        # Scaled in fp32 at least: 0.88 rounded to bf16 would be off by 0.1 % everywhere.
+        scale_T = scale_T.masked_fill(masked_T, 0.0).to(torch.promote_types(x_TD.dtype, torch.float32))
+        return (x_TD * scale_T[:, None]).to(x_TD.dtype)
+
+    def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """Logits (N, V) over the alphabet for N rows of `hidden_TD`: all of them, or only those that matter.
+
+        Raises:
+            ValueError: the checkpoint had no language-model head.
+        """
+        if self.head is None:
+            message = f"{self.name} has no language-model head: its checkpoint holds the encoder alone"
+            raise ValueError(message)
+        result: torch.Tensor = self.head(hidden_ND, self.embed_tokens.weight)
+        return result
+
+    @torch.inference_mode()
+    def encode(self, sequences: Sequence[str]) -> list[npt.NDArray[np.float32]]:
+        """The last layer after the final LayerNorm for each sequence: residues only, float32 (L, D).
+
+        All sequences run as one batch; `Embedder` cuts many into batches.
+
+        Raises:
+            ValueError: a letter is outside the alphabet.
+        """
+        batch = pack(sequences)
+        hidden_TD = self(batch).hidden_TD.float().cpu().numpy()
+        ends = np.cumsum(batch.lengths_B)
+        return [
+            hidden_TD[end - length + 1 : end - 1] for end, length in zip(ends.tolist(), batch.lengths_B, strict=True)
+        ]

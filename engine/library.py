@@ -1,0 +1,285 @@
+"""Embedding a whole library: a FASTA file in, a store out, in bounded memory, resumable.
+
+The file is read twice. The first reading checks every record and counts what there is to do, so that a bad last record
+costs seconds and not the night before it. The second cuts the records into shards, embeds them one by one, and writes
+each to the store as it is done. Which records share a shard and a batch depends on the file and the settings alone, so
+a resumed run repeats an interrupted one bit for bit.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import itertools
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+import numpy as np
+import numpy.typing as npt
+
+from .device import precision_name
+from .embedder import Embedder, Vectors
+from .errors import InputError
+from .fasta import InvalidPolicy, Record, Reject, locate_records, read_fasta
+from .store import StoreWriter
+
+STORAGE_DTYPES: dict[str, npt.DTypeLike] = {"fp32": np.float32, "fp16": np.float16}
+
+# A shard is what a crash can cost, and what is held in memory at once.
+SHARD_RECORDS = 2048
+SHARD_RESIDUES = 1 << 20
+_SHARD_BYTES = 1 << 27
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What the first reading of a library found.
+
+    Attributes:
+        records: proteins to embed.
+        residues: their residues, before windows.
+        longest: residues of the longest.
+        beyond: proteins beyond the model's length.
+        rejected: records left out.
+        fingerprint: hash of all headers and sequences.
+    """
+
+    records: int = 0
+    residues: int = 0
+    longest: int = 0
+    beyond: int = 0
+    rejected: int = 0
+    fingerprint: str = ""
+
+
+class Progress(Protocol):
+    """What follows a run: `start` once, then `advance` with the residues of each batch."""
+
+    def start(self, survey: Survey, done_residues: int) -> None: ...
+
+    def advance(self, residues: int) -> None: ...
+
+
+class _Silent:
+    def start(self, survey: Survey, done_residues: int) -> None:
+        pass
+
+    def advance(self, residues: int) -> None:
+        pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class LibraryOptions:
+    """What decides the bytes of a store, beside the embedder.
+
+    Attributes:
+        invalid: what becomes of letters outside the alphabet: "error", "skip" or "mask".
+        storage_dtype: "fp32" or "fp16".
+        shard: (I, N), 1-based: of all output shards, those whose number j has j mod N = I - 1.
+        shard_records: most proteins in a shard.
+    """
+
+    invalid: InvalidPolicy = "error"
+    storage_dtype: str = "fp32"
+    shard: tuple[int, int] = (1, 1)
+    shard_records: int = SHARD_RECORDS
+
+    def __post_init__(self) -> None:
+        if self.storage_dtype not in STORAGE_DTYPES:
+            message = f"storage dtype is {self.storage_dtype!r}; allowed: {', '.join(STORAGE_DTYPES)}"
+            raise InputError(message)
+        if not 1 <= self.shard[0] <= self.shard[1]:
+            message = f"shard is {self.shard[0]}/{self.shard[1]}; expected I/N with 1 <= I <= N"
+            raise InputError(message)
+        if self.shard_records < 1:
+            message = f"shard_records must be positive, got {self.shard_records}"
+            raise InputError(message)
+
+
+@dataclass(frozen=True)
+class LibraryResult:
+    """What a run did.
+
+    Attributes:
+        survey: what the library holds.
+        embedded: proteins that this call embedded.
+        resumed: proteins that an earlier call had embedded.
+        duplicates: rows whose id an earlier row carries too.
+        flags: how many of the embedded proteins carry each flag.
+    """
+
+    survey: Survey
+    embedded: int = 0
+    resumed: int = 0
+    duplicates: int = 0
+    flags: dict[str, int] = field(default_factory=dict)
+
+
+def survey_library(
+    fasta: Path, embedder: Embedder, *, invalid: InvalidPolicy = "error", rejects: TextIO | None = None
+) -> Survey:
+    """Reads a library once: checks every record, counts, and lists what is left out as CSV rows in `rejects`.
+
+    Raises:
+        InputError: a record is invalid with invalid="error", or too long for an embedder with long="error"; names file,
+            line and record.
+    """
+    residues = longest = beyond = rejected = records = 0
+    digest = hashlib.blake2b(digest_size=16)
+    rows = csv.writer(rejects) if rejects is not None else None
+
+    def on_reject(reject: Reject) -> None:
+        nonlocal rejected
+        rejected += 1
+        if rows is not None:
+            rows.writerow([reject.index + 1, reject.id, reject.reason])
+
+    if rows is not None:
+        rows.writerow(["record", "id", "reason"])
+    for record in read_fasta(fasta, invalid=invalid, on_reject=on_reject):
+        length = len(record.sequence)
+        if length > embedder.max_residues:
+            beyond += 1
+            if embedder.long == "error":
+                raise _too_long(fasta, record, embedder.max_residues)
+        records += 1
+        residues += length
+        longest = max(longest, length)
+        digest.update(f">{record.header}\n{record.sequence}\n".encode("utf-8", "surrogateescape"))
+    return Survey(records, residues, longest, beyond, rejected, digest.hexdigest())
+
+
+def _too_long(fasta: Path, record: Record, limit: int) -> InputError:
+    message = f"{len(record.sequence)} residues, but the model was trained on at most {limit}; --long says what to do"
+    line = locate_records(fasta, [record.index])[record.index]
+    return InputError(message, file=fasta, line=line, record=record.index + 1, record_id=record.id)
+
+
+def cut_shards(records: Iterator[Record], *, max_records: int, max_residues: int) -> Iterator[list[Record]]:
+    """Cuts records into consecutive shards of at most so many records and residues; one record at least."""
+    shard: list[Record] = []
+    residues = 0
+    for record in records:
+        if shard and (len(shard) == max_records or residues + len(record.sequence) > max_residues):
+            yield shard
+            shard, residues = [], 0
+        shard.append(record)
+        residues += len(record.sequence)
+    if shard:
+        yield shard
+
+
+def embed_library(
+    fasta: Path,
+    out: Path,
+    embedder: Embedder,
+    options: LibraryOptions | None = None,
+    *,
+    details: dict[str, Any] | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> LibraryResult:
+    """Embeds a FASTA file into the folder `out`, going on where an earlier run of the same settings stopped.
+
+    Args:
+        fasta: plain or .gz.
+        out: the store; made if it is not there.
+        embedder: model, pooling, batch size and what becomes of long proteins.
+        options: what else decides the bytes.
+        details: kept in run.json: versions and the like.
+        overwrite: throw away a run of other settings in `out`.
+        progress: is told how far the run is.
+
+    Raises:
+        InputError: the file is invalid; `out` holds another run, or is being written to.
+    """
+    options = options or LibraryOptions()
+    progress = progress or _Silent()
+    with tempfile.SpooledTemporaryFile(max_size=1 << 20, mode="w+", newline="", encoding="utf-8") as rejects:
+        survey = survey_library(fasta, embedder, invalid=options.invalid, rejects=rejects)
+        if not survey.records:
+            message = f"no sequence to embed: all {survey.rejected} records were left out"
+            raise InputError(message, file=fasta)
+        settings = _settings(embedder, options, survey)
+        source = {"input": {"path": str(fasta), "bytes": fasta.stat().st_size}}
+        with StoreWriter(out, settings, details={**source, **(details or {})}, overwrite=overwrite) as store:
+            resumed = sum(shard.rows for shard in store.shards.values())
+            if store.complete:
+                progress.start(survey, survey.residues)
+                return LibraryResult(survey, resumed=resumed, duplicates=store.count_duplicates())
+            rejects.seek(0)
+            store.write_rejects(rejects)
+            embedded, flags = _fill(store, fasta, embedder, options, survey, progress)
+            return LibraryResult(survey, embedded, resumed, store.finish(), flags)
+
+
+def _settings(embedder: Embedder, options: LibraryOptions, survey: Survey) -> dict[str, Any]:
+    model = embedder.model
+    return {
+        "model": model.name,
+        "model_fingerprint": model.fingerprint,
+        "width": embedder.dims[-1],
+        "pool": embedder.pool,
+        "precision": precision_name(model.dtype),
+        "device": model.device.type,
+        "max_tokens": embedder.max_tokens,
+        "long": embedder.long,
+        "max_residues": embedder.max_residues,
+        "input_fingerprint": survey.fingerprint,
+        "invalid": options.invalid,
+        "storage_dtype": options.storage_dtype,
+        "shard": list(options.shard),
+        "shard_records": options.shard_records,
+    }
+
+
+def _fill(
+    store: StoreWriter,
+    fasta: Path,
+    embedder: Embedder,
+    options: LibraryOptions,
+    survey: Survey,
+    progress: Progress,
+) -> tuple[int, dict[str, int]]:
+    """Embeds the shards that the store lacks; how many proteins, and how many of them carry each flag."""
+    width = embedder.dims[-1]
+    max_residues = SHARD_RESIDUES
+    if embedder.pool == "residue":
+        max_residues = min(max_residues, max(1, _SHARD_BYTES // (4 * width)))
+    records = read_fasta(fasta, invalid=options.invalid)
+    embedded, counts, started = 0, Counter[str](), False
+    done_residues = 0
+    for number, shard in enumerate(cut_shards(records, max_records=options.shard_records, max_residues=max_residues)):
+        if number % options.shard[1] != options.shard[0] - 1:
+            continue
+        if number in store.shards:
+            done_residues += sum(len(record.sequence) for record in shard)
+            continue
+        if not started:
+            progress.start(survey, done_residues)
+            started = True
+        vectors = embedder.embed_clean([record.sequence for record in shard], after_batch=progress.advance)
+        flags = [_flags(record, embedder) for record in shard]
+        store.add(number, shard, flags, _arrays(vectors, options.storage_dtype))
+        embedded += len(shard)
+        counts.update(itertools.chain.from_iterable(flags))
+    return embedded, dict(counts)
+
+
+def _flags(record: Record, embedder: Embedder) -> list[str]:
+    flags = list(record.flags)
+    if len(record.sequence) > embedder.max_residues:
+        flags.append({"window": "windowed", "full": "full-length", "truncate": "truncated"}[embedder.long])
+    return flags
+
+
+def _arrays(vectors: Vectors | list[Vectors], storage_dtype: str) -> dict[str, npt.NDArray[Any]]:
+    dtype = STORAGE_DTYPES[storage_dtype]
+    if isinstance(vectors, np.ndarray):
+        return {"embeddings": vectors.astype(dtype, copy=False)}
+    offsets = np.cumsum([0, *(len(rows) for rows in vectors)], dtype=np.int64)
+    return {"embeddings": np.concatenate(vectors).astype(dtype, copy=False), "offsets": offsets}

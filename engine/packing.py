@@ -1,0 +1,80 @@
+"""Packed batches: the tokens of many sequences back to back, without padding.
+
+Shapes: B sequences, T tokens of all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ..kernels import tokenise
+from .alphabet import BOS_ID, EOS_ID, RESIDUE_TABLE
+
+
+@dataclass(frozen=True, eq=False)
+class PackedBatch:
+    """What an encoder runs in one go.
+
+    Attributes:
+        tokens_T: int32, ids of all tokens; each sequence is `<cls>`, its residues, `<eos>`.
+        positions_T: int64, place of each token in its own sequence, from 0.
+        cu_seqlens: int32 (B + 1,), where each sequence begins; the last entry is T.
+        lengths_B: tokens of each sequence, on the host, so that nothing waits for a GPU to learn them.
+        index_B: int64 (B,), which of the caller's sequences each one is.
+    """
+
+    tokens_T: torch.Tensor
+    positions_T: torch.Tensor
+    cu_seqlens: torch.Tensor
+    lengths_B: tuple[int, ...]
+    index_B: npt.NDArray[np.int64]
+
+    def to(self, device: torch.device) -> PackedBatch:
+        """The same batch with its tensors on `device`."""
+        if self.tokens_T.device == device:
+            return self
+        return PackedBatch(
+            tokens_T=self.tokens_T.to(device, non_blocking=True),
+            positions_T=self.positions_T.to(device, non_blocking=True),
+            cu_seqlens=self.cu_seqlens.to(device, non_blocking=True),
+            lengths_B=self.lengths_B,
+            index_B=self.index_B,
+        )
+
+
+def pack(sequences: Sequence[str], index_B: npt.NDArray[np.int64] | None = None) -> PackedBatch:
+    """Packs sequences of residues into one batch on the CPU, each with its own `<cls>` and `<eos>`.
+
+    Args:
+        sequences: B strings of letters of the alphabet.
+        index_B: int64 (B,), the caller's numbers of them; 0 to B - 1 by default.
+
+    Raises:
+        ValueError: a letter is outside the alphabet.
+    """
+    tokens, cu_seqlens = tokenise(
+        [sequence.encode("ascii", "replace") for sequence in sequences], RESIDUE_TABLE, bos=BOS_ID, eos=EOS_ID
+    )
+    return pack_tokens(tokens, cu_seqlens, index_B)
+
+
+def pack_tokens(
+    tokens_T: npt.NDArray[np.uint8],
+    cu_seqlens: npt.NDArray[np.int64],
+    index_B: npt.NDArray[np.int64] | None = None,
+) -> PackedBatch:
+    """Makes a batch of token ids uint8 (T,) that lie back to back, cut at `cu_seqlens` int64 (B + 1,)."""
+    lengths = np.diff(cu_seqlens)
+    positions = np.arange(tokens_T.size, dtype=np.int64) - np.repeat(cu_seqlens[:-1], lengths)
+    return PackedBatch(
+        tokens_T=torch.from_numpy(tokens_T.astype(np.int32)),
+        positions_T=torch.from_numpy(positions),
+        cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
+        lengths_B=tuple(lengths.tolist()),
+        index_B=np.arange(lengths.size, dtype=np.int64) if index_B is None else index_B,
+    )

@@ -1,0 +1,129 @@
+"""From hidden states of packed tokens to one vector a sequence. All sums are in fp32, over residues only.
+
+Shapes: B sequences, T tokens of all of them (each `<cls>`, residues, `<eos>`), D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from .packing import PackedBatch
+from .windows import Piece
+
+Floats = npt.NDArray[np.float32]
+
+POOLS = ("mean", "max", "bos", "residue")
+
+
+def check_pool(pool: str) -> None:
+    """Raises ValueError if `pool` is not one of `POOLS`."""
+    if pool not in POOLS:
+        message = f"pool is {pool!r}; allowed: {', '.join(POOLS)}"
+        raise ValueError(message)
+
+
+def pool_sum(hidden_TD: torch.Tensor, weights_T: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """Weighted sum over each sequence's tokens, fp32 (B, D).
+
+    Args:
+        hidden_TD: any floating dtype.
+        weights_T: float32; 1 / L on residues gives the mean, 0 leaves `<cls>` and `<eos>` out.
+        cu_seqlens: int32 (B + 1,).
+    """
+    weighted_TD = hidden_TD.float() * weights_T[:, None]
+    return torch.segment_reduce(weighted_TD, "sum", offsets=cu_seqlens.long(), axis=0)
+
+
+def pool_max(hidden_TD: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """Largest value of each channel over each sequence's residues, fp32 (B, D)."""
+    residues_TD = hidden_TD.float().clone()
+    residues_TD[cu_seqlens[:-1].long()] = -torch.inf
+    residues_TD[cu_seqlens[1:].long() - 1] = -torch.inf
+    return torch.segment_reduce(residues_TD, "max", offsets=cu_seqlens.long(), axis=0)
+
+
+def pool_bos(hidden_TD: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """Each sequence's `<cls>`, fp32 (B, D)."""
+    return hidden_TD[cu_seqlens[:-1].long()].float()
+
+
+def _mean_weights(pieces: Sequence[Piece]) -> Floats:
+    edge = np.zeros(1, dtype=np.float32)
+    parts: list[Floats] = []
+    for piece in pieces:
+        share = np.ones(piece.end - piece.begin, dtype=np.float32) if piece.weights is None else piece.weights
+        parts += [edge, share / np.float32(piece.residues), edge]
+    return np.concatenate(parts)
+
+
+class PooledRows:
+    """Gathers one vector a protein from batches that come in any order.
+
+    Args:
+        pool: "mean", "max" or "bos".
+        proteins: B.
+        width: D.
+    """
+
+    def __init__(self, pool: str, proteins: int, width: int) -> None:
+        self._pool = pool
+        self._rows_BD = np.zeros((proteins, width), dtype=np.float32)
+        # The maximum of a protein in windows is that of its blended residues, so these are gathered first.
+        self._windowed = ResidueRows(width)
+
+    def add(self, pieces: Sequence[Piece], packed: PackedBatch, hidden_TD: torch.Tensor) -> None:
+        """Takes in a batch: its pieces, in packed order, and their hidden states."""
+        cu_seqlens = packed.cu_seqlens.to(hidden_TD.device)
+        if self._pool == "mean":
+            weights_T = torch.from_numpy(_mean_weights(pieces)).to(hidden_TD.device)
+            sums_BD = pool_sum(hidden_TD, weights_T, cu_seqlens).cpu().numpy()
+            for piece, row_D in zip(pieces, sums_BD, strict=True):
+                self._rows_BD[piece.row] += row_D
+            return
+        pooled = pool_max(hidden_TD, cu_seqlens) if self._pool == "max" else pool_bos(hidden_TD, cu_seqlens)
+        for piece, row_D in zip(pieces, pooled.cpu().numpy(), strict=True):
+            if piece.begin == 0 and (self._pool == "bos" or piece.weights is None):
+                self._rows_BD[piece.row] = row_D
+        if self._pool == "max" and any(piece.weights is not None for piece in pieces):
+            self._windowed.add(pieces, packed, hidden_TD, only_windows=True)
+
+    def result(self) -> Floats:
+        """float32 (B, D)."""
+        for row, blended_LD in self._windowed.rows.items():
+            self._rows_BD[row] = blended_LD.max(axis=0)
+        return self._rows_BD
+
+
+class ResidueRows:
+    """Gathers one vector a residue, blending windows, from batches that come in any order.
+
+    Attributes:
+        rows: float32 (L, D) of each protein seen so far.
+    """
+
+    def __init__(self, width: int) -> None:
+        self.rows: dict[int, Floats] = {}
+        self._width = width
+
+    def add(
+        self, pieces: Sequence[Piece], packed: PackedBatch, hidden_TD: torch.Tensor, *, only_windows: bool = False
+    ) -> None:
+        """Takes in a batch: its pieces, in packed order, and their hidden states."""
+        hidden = hidden_TD.float().cpu().numpy()
+        first = 1
+        for piece, tokens in zip(pieces, packed.lengths_B, strict=True):
+            piece_LD = hidden[first : first + tokens - 2]
+            first += tokens
+            if piece.weights is not None:
+                blended_LD = self.rows.setdefault(piece.row, np.zeros((piece.residues, self._width), dtype=np.float32))
+                blended_LD[piece.begin : piece.end] += piece_LD * piece.weights[:, None]
+            elif not only_windows:
+                self.rows[piece.row] = piece_LD.copy()
+
+    def result(self) -> list[Floats]:
+        """float32 (L, D) of each protein, in the order of the caller's numbers."""
+        return [self.rows[row] for row in sorted(self.rows)]

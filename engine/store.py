@@ -1,0 +1,270 @@
+"""A run's folder on disk: shards of embeddings, an index, rejects, and run.json, which says what is finished.
+
+    run.json                 schema version, resolved settings, model, versions, input, finished shards, `complete`
+    part-NNNNN.safetensors   `embeddings` (n, D); with pool=residue (sum of lengths, D) beside `offsets` int64 (n + 1,)
+    part-NNNNN.parquet       the shard's rows of the index, until the run completes
+    index.parquet            position, id, header, length, flags: one row an embedding, in input order
+    rejects.csv              record, id, reason: what `--invalid skip` or `mask` left out
+
+Every file is written under a temporary name, flushed to the disk and renamed; run.json comes last. So a run killed at
+any moment leaves finished shards and nothing that looks finished without being so. A lock that dies with its process
+keeps two runs out of one folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from safetensors.numpy import save_file
+
+from .errors import InputError
+from .fasta import Record
+
+SCHEMA_VERSION = 1
+RUN_FILE = "run.json"
+INDEX_FILE = "index.parquet"
+REJECTS_FILE = "rejects.csv"
+_LOCK_FILE = ".lock"
+
+INDEX_SCHEMA = pa.schema(
+    [
+        ("position", pa.int64()),
+        ("id", pa.string()),
+        ("header", pa.string()),
+        ("length", pa.int64()),
+        ("flags", pa.string()),
+    ]
+)
+"""position: place among the file's records, from 0, rejected ones counted; flags: words joined by commas."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A finished shard, as run.json lists it."""
+
+    number: int
+    rows: int
+    size_bytes: int
+
+    @property
+    def file(self) -> str:
+        return f"part-{self.number:05d}.safetensors"
+
+    @property
+    def index_file(self) -> str:
+        return f"part-{self.number:05d}.parquet"
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Calls `write` with a temporary path beside `path`, flushes the result to the disk, and renames it into place."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+class StoreWriter:
+    """Writes one run's folder; use it as a context, which holds the folder's lock.
+
+    Args:
+        folder: made if it is not there.
+        settings: everything that decides the bytes; a folder is resumed under equal settings only.
+        details: what is kept in run.json beside the settings: versions, command.
+        overwrite: throw away a run of other settings.
+
+    Raises:
+        InputError: another run holds the folder, or it holds a run of other settings and `overwrite` is not set.
+    """
+
+    def __init__(
+        self, folder: Path, settings: dict[str, Any], *, details: dict[str, Any], overwrite: bool = False
+    ) -> None:
+        self.folder = folder
+        self.settings = json.loads(json.dumps(settings))
+        self.details = details
+        self.overwrite = overwrite
+        self.complete = False
+        self.shards: dict[int, Shard] = {}
+        self._held = contextlib.ExitStack()
+
+    def __enter__(self) -> StoreWriter:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._held.enter_context(_lock(self.folder))
+        except FileExistsError as error:
+            message = "is a file; --out names a folder"
+            raise InputError(message, file=self.folder) from error
+        except OSError as error:
+            message = f"cannot be written to ({error.strerror})"
+            raise InputError(message, file=self.folder) from error
+        try:
+            self._open()
+        except BaseException:
+            self._held.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._held.close()
+
+    def _open(self) -> None:
+        if (self.folder / RUN_FILE).exists():
+            run = read_run(self.folder)
+            changed = _differences(run["settings"], self.settings)
+            if not changed:
+                self.complete = run["complete"]
+                found = (Shard(**shard) for shard in run["shards"])
+                self.shards = {shard.number: shard for shard in found if self._is_whole(shard)}
+                self.complete = self.complete and len(self.shards) == len(run["shards"])
+                return
+            if not self.overwrite:
+                message = f"holds a run with other settings ({'; '.join(changed)}); choose another --out or --overwrite"
+                raise InputError(message, file=self.folder)
+        elif leftovers := [path.name for path in self.folder.iterdir() if path.name != _LOCK_FILE]:
+            message = f"is not empty and holds no run ({', '.join(sorted(leftovers)[:3])}): choose another --out"
+            raise InputError(message, file=self.folder)
+        self._clear()
+        self._write_run()
+
+    def _is_whole(self, shard: Shard) -> bool:
+        path = self.folder / shard.file
+        indexed = (self.folder / shard.index_file).exists() or (self.folder / INDEX_FILE).exists()
+        return indexed and path.exists() and path.stat().st_size == shard.size_bytes
+
+    def _clear(self) -> None:
+        for pattern in ("part-*.safetensors", "part-*.parquet", INDEX_FILE, REJECTS_FILE, RUN_FILE, ".*.tmp"):
+            for path in self.folder.glob(pattern):
+                path.unlink()
+
+    def _write_run(self) -> None:
+        run = {
+            "schema_version": SCHEMA_VERSION,
+            "complete": self.complete,
+            "settings": self.settings,
+            "rows": sum(shard.rows for shard in self.shards.values()),
+            "shards": [vars(self.shards[number]) for number in sorted(self.shards)],
+            **self.details,
+        }
+        text = json.dumps(run, indent=1) + "\n"
+        write_atomically(self.folder / RUN_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def add(
+        self,
+        number: int,
+        records: Sequence[Record],
+        flags: Sequence[Sequence[str]],
+        arrays: dict[str, npt.NDArray[Any]],
+    ) -> None:
+        """Writes shard `number`, from 0: its records, their flags, and the tensors of its file."""
+        table = pa.table(
+            {
+                "position": [record.index for record in records],
+                "id": [record.id for record in records],
+                "header": [record.header for record in records],
+                "length": [len(record.sequence) for record in records],
+                "flags": [",".join(words) for words in flags],
+            },
+            schema=INDEX_SCHEMA,
+        )
+        shard = Shard(number, len(records), 0)
+        path = self.folder / shard.file
+        write_atomically(self.folder / shard.index_file, lambda temporary: pq.write_table(table, temporary))
+        write_atomically(path, lambda temporary: save_file(arrays, temporary))
+        self.shards[number] = Shard(number, len(records), path.stat().st_size)
+        self._write_run()
+
+    def write_rejects(self, rejects: TextIO) -> None:
+        """Writes the CSV text of `rejects` as the store's list of records left out."""
+
+        def copy(temporary: Path) -> None:
+            with temporary.open("w", newline="", encoding="utf-8") as file:
+                shutil.copyfileobj(rejects, file)
+
+        write_atomically(self.folder / REJECTS_FILE, copy)
+
+    def finish(self) -> int:
+        """Merges the index, marks the run complete, and tidies up.
+
+        Returns:
+            How many rows carry an id that an earlier row carries too.
+        """
+        numbers = sorted(self.shards)
+        parts = [self.folder / self.shards[number].index_file for number in numbers]
+        if all(part.exists() for part in parts):
+
+            def merge(temporary: Path) -> None:
+                with pq.ParquetWriter(temporary, INDEX_SCHEMA) as writer:
+                    for part in parts:
+                        writer.write_table(pq.read_table(part))
+
+            write_atomically(self.folder / INDEX_FILE, merge)
+        self.complete = True
+        self._write_run()
+        for part in parts:
+            part.unlink(missing_ok=True)
+        return self.count_duplicates()
+
+    def count_duplicates(self) -> int:
+        """How many rows of a complete run carry an id that an earlier row carries too."""
+        ids = pq.read_table(self.folder / INDEX_FILE, columns=["id"])["id"]
+        return len(ids) - int(pc.count_distinct(ids).as_py())
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    with (folder / _LOCK_FILE).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            message = "another run is writing to this folder"
+            raise InputError(message, file=folder) from error
+        yield
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """What run.json of a store says.
+
+    Raises:
+        InputError: it is missing, damaged, or of a schema version that this release does not know.
+    """
+    path = folder / RUN_FILE
+    try:
+        run: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        version = run["schema_version"]
+    except FileNotFoundError as error:
+        message = "no such file: this folder holds no embeddings"
+        raise InputError(message, file=path) from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        message = f"not a readable run ({error})"
+        raise InputError(message, file=path) from error
+    if version != SCHEMA_VERSION:
+        message = f"has schema version {version}, this release reads {SCHEMA_VERSION}"
+        raise InputError(message, file=path)
+    return run
+
+
+def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    keys = sorted(theirs.keys() | ours.keys())
+    return [f"{key}: {theirs.get(key)} there, {ours.get(key)} now" for key in keys if theirs.get(key) != ours.get(key)]

@@ -1,0 +1,140 @@
+"""Attention over packed sequences: every token attends to the tokens of its own sequence, and to no other.
+
+    out[t, h] = sum_u softmax_u(scale * q[t, h] . k[u, h]) v[u, h]        u over the sequence of t
+
+Implementations:
+    reference  softmax written out per sequence, in the inputs' dtype (fp64 gives the gold of the tests).
+    sdpa       torch's scaled_dot_product_attention per sequence: no padding, memory linear in length. Best on CPUs
+               today, and the way for fp32 on a GPU. Its overhead is some 20 us per sequence.
+    varlen     torch.nn.attention.varlen, one launch for the whole batch. CUDA, fp16 and bf16, compute capability >= 8.0.
+
+Shapes: T tokens, B sequences, H heads, K head width.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+
+_logger = logging.getLogger(__name__)
+_explained: set[str] = set()
+
+Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Sequence[int]], torch.Tensor]
+
+
+def varlen_attention_reference(
+    q_THK: torch.Tensor,
+    k_THK: torch.Tensor,
+    v_THK: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    lengths_B: Sequence[int],
+) -> torch.Tensor:
+    """`varlen_attention` written out, one sequence at a time; materialises (H, L, L) scores."""
+    outputs = [v_THK[:0]]
+    for q_LHK, k_LHK, v_LHK in zip(*(x.split(list(lengths_B)) for x in (q_THK, k_THK, v_THK)), strict=True):
+        scores_HLL = torch.einsum("qhk,lhk->hql", q_LHK, k_LHK) / math.sqrt(q_LHK.shape[-1])
+        outputs.append(torch.einsum("hql,lhk->qhk", scores_HLL.softmax(dim=-1), v_LHK))
+    return torch.cat(outputs)
+
+
+def _sdpa(
+    q_THK: torch.Tensor,
+    k_THK: torch.Tensor,
+    v_THK: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    lengths_B: Sequence[int],
+) -> torch.Tensor:
+    lengths = list(lengths_B)
+    by_sequence = zip(*(x.transpose(0, 1)[None].split(lengths, dim=2) for x in (q_THK, k_THK, v_THK)), strict=True)
+    outputs = [F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1) for q, k, v in by_sequence]
+    return torch.cat([*outputs, v_THK[:0]]) if len(outputs) != 1 else outputs[0]
+
+
+def _varlen(
+    q_THK: torch.Tensor,
+    k_THK: torch.Tensor,
+    v_THK: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    lengths_B: Sequence[int],
+) -> torch.Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    longest = max(lengths_B, default=0)
+    out: torch.Tensor = varlen_attn(q_THK, k_THK, v_THK, cu_seqlens, cu_seqlens, longest, longest)
+    return out
+
+
+_IMPLEMENTATIONS: dict[str, Attention] = {"reference": varlen_attention_reference, "sdpa": _sdpa, "varlen": _varlen}
+
+
+def _why_not_varlen(q_THK: torch.Tensor) -> str | None:
+    if q_THK.device.type != "cuda":
+        return f"tensors are on {q_THK.device.type}"
+    if q_THK.dtype not in (torch.float16, torch.bfloat16):
+        return f"dtype is {q_THK.dtype}, not fp16 or bf16"
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        return f"torch {torch.__version__} lacks torch.nn.attention.varlen"
+    if torch.cuda.get_device_capability(q_THK.device) < (8, 0):
+        return "the GPU's compute capability is below 8.0"
+    return None
+
+
+def _choose(q_THK: torch.Tensor, impl: str) -> str:
+    if impl == "auto":
+        reason = _why_not_varlen(q_THK)
+        choice = "varlen" if reason is None else "sdpa"
+        if choice not in _explained:
+            _explained.add(choice)
+            _logger.info("varlen_attention runs %s%s", choice, f": {reason}" if reason else "")
+        return choice
+    if impl not in _IMPLEMENTATIONS:
+        message = f"impl is {impl!r}; allowed: auto, {', '.join(_IMPLEMENTATIONS)}"
+        raise ValueError(message)
+    if impl == "varlen" and (reason := _why_not_varlen(q_THK)) is not None:
+        message = f"impl='varlen' cannot run here: {reason}"
+        raise RuntimeError(message)
+    return impl
+
+
+def varlen_attention(
+    q_THK: torch.Tensor,
+    k_THK: torch.Tensor,
+    v_THK: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    lengths_B: Sequence[int],
+    *,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """Attention over packed sequences, scaled by `1 / sqrt(K)`; differentiable.
+
+    Args:
+        q_THK, k_THK, v_THK: (T, H, K), one floating dtype, any strides with a contiguous last axis.
+        cu_seqlens: int32 (B + 1,), from 0 to T, on the device of `q_THK`.
+        lengths_B: the B differences of `cu_seqlens`, on the host.
+        impl: "auto", "reference", "sdpa" or "varlen"; a named one runs or raises.
+
+    Returns:
+        (T, H, K) of the inputs' dtype.
+
+    Raises:
+        ValueError: shapes disagree, the lengths do not add up to T, or `impl` is unknown.
+        RuntimeError: the named implementation cannot run on these tensors.
+    """
+    if not q_THK.shape == k_THK.shape == v_THK.shape or q_THK.dim() != 3:
+        message = (
+            f"q, k and v must share one shape (T, H, K), got {tuple(q_THK.shape)}, {tuple(k_THK.shape)}, "
+            f"{tuple(v_THK.shape)}"
+        )
+        raise ValueError(message)
+    if sum(lengths_B) != q_THK.shape[0] or cu_seqlens.shape != (len(lengths_B) + 1,):
+        message = (
+            f"{len(lengths_B)} lengths adding up to {sum(lengths_B)} and cu_seqlens of shape {tuple(cu_seqlens.shape)} "
+            f"do not describe {q_THK.shape[0]} tokens"
+        )
+        raise ValueError(message)
+    return _IMPLEMENTATIONS[_choose(q_THK, impl)](q_THK, k_THK, v_THK, cu_seqlens, lengths_B)

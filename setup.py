@@ -1,0 +1,28 @@
+"""Maps the folders engine/, kernels/, training/ and benchmarks/ into the namespace `protnest` and builds csrc/."""
+
+from pybind11.setup_helpers import Pybind11Extension
+from setuptools import setup
+
+FOLDERS = ("engine", "kernels", "training", "benchmarks")
+
+extension = Pybind11Extension(
+    "protnest.kernels._C",
+    ["csrc/module.cpp", "csrc/tokenise.cpp", "csrc/plan_batches.cpp"],
+    depends=["csrc/tokenise.hpp", "csrc/plan_batches.hpp"],
+    cxx_std=17,
+    extra_compile_args=["-O3"],
+    # Without a compiler the installation goes on: the Python twins in kernels/ take over and `protnest info` says so.
+    optional=True,
+)
+
+setup(
+    packages=[f"protnest.{folder}" for folder in FOLDERS],
+    package_dir={f"protnest.{folder}": folder for folder in FOLDERS},
+    package_data={
+        "protnest.engine": ["py.typed", "bundled/*/*"],
+        "protnest.kernels": ["py.typed"],
+        "protnest.training": ["py.typed"],
+        "protnest.benchmarks": ["py.typed"],
+    },
+    ext_modules=[extension],
+)
