@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from ..kernels import plan_batches
+from .device import precision_name
 from .encoder import Encoder
 from .errors import InputError
 from .fasta import clean_sequence
@@ -62,6 +63,11 @@ class Embedder:
     def dims(self) -> tuple[int, ...]:
         """Widths at which the embedding may be cut: for one model its whole width."""
         return (self.model.dim,)
+
+    @property
+    def precision(self) -> str:
+        """Name of the precision in which the model runs."""
+        return precision_name(self.model.dtype)
 
     @property
     def max_residues(self) -> int:

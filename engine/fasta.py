@@ -5,6 +5,8 @@ dnaio finds the records. Two things stand between it and the file:
 * `_AsciiStream` hands it pure ASCII. dnaio decodes with the locale's encoding and refuses names that are not ASCII, so
   other bytes travel as `\\xNN` and are put back per record: headers may be UTF-8, in every locale.
 * `_scan` finds line numbers, which dnaio does not count, by a second reading: after an error, or for a rejects file.
+
+Both depend on how dnaio splits and trims lines, so they stay in this one file, long as it is.
 """
 
 from __future__ import annotations
@@ -238,14 +240,9 @@ def _clean(sequence: str, *, mask: bool) -> tuple[str, bool]:
     if mask:
         return text.translate(dict.fromkeys(map(ord, strange), "X")), True
     position = text.index(strange[0])
-    problem = f"{_name_character(strange[0])} at residue {position + 1} is not a residue; {_ALLOWED}"
+    name = f"byte 0x{ord(strange[0]) - 0xDC00:02X}" if _UNDECODABLE.match(strange) else repr(strange[0])
+    problem = f"{name} at residue {position + 1} is not a residue; {_ALLOWED}"
     raise _RecordError(problem, position=position)
-
-
-def _name_character(character: str) -> str:
-    if "\udc80" <= character <= "\udcff":
-        return f"byte 0x{ord(character) - 0xDC00:02X}"
-    return repr(character)
 
 
 def _printable(text: str, limit: int = 60) -> str:
@@ -362,7 +359,7 @@ def _scan(path: Path) -> Iterator[tuple[int, int, str]]:
                     raise InputError(_describe_headless(text), file=path, line=number)
                 yield number, index, text
         except _StreamError as error:
-            words = _printable(header).split(maxsplit=1)
+            words = _printable(_unescape(header)).split(maxsplit=1)
             raise InputError(
                 str(error), file=path, line=number + 1, record=index + 1 or None, record_id=words[0] if words else None
             ) from error

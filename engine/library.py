@@ -21,11 +21,11 @@ from typing import Any, Protocol, TextIO
 import numpy as np
 import numpy.typing as npt
 
-from .device import precision_name
 from .embedder import Embedder, Vectors
 from .errors import InputError
 from .fasta import InvalidPolicy, Record, Reject, locate_records, read_fasta
 from .store import StoreWriter
+from .windows import residues_run
 
 STORAGE_DTYPES: dict[str, npt.DTypeLike] = {"fp32": np.float32, "fp16": np.float16}
 
@@ -44,6 +44,7 @@ class Survey:
         residues: their residues, before windows.
         longest: residues of the longest.
         beyond: proteins beyond the model's length.
+        work: residues that will be run, those of overlapping windows counted as often as they run.
         rejected: records left out.
         fingerprint: hash of all headers and sequences.
     """
@@ -52,6 +53,7 @@ class Survey:
     residues: int = 0
     longest: int = 0
     beyond: int = 0
+    work: int = 0
     rejected: int = 0
     fingerprint: str = ""
 
@@ -109,13 +111,15 @@ class LibraryResult:
         embedded: proteins that this call embedded.
         resumed: proteins that an earlier call had embedded.
         duplicates: rows whose id an earlier row carries too.
-        flags: how many of the embedded proteins carry each flag.
+        residues: residues of the proteins that this call embedded.
+        flags: how many of these proteins carry each flag.
     """
 
     survey: Survey
     embedded: int = 0
     resumed: int = 0
     duplicates: int = 0
+    residues: int = 0
     flags: dict[str, int] = field(default_factory=dict)
 
 
@@ -128,7 +132,7 @@ def survey_library(
         InputError: a record is invalid with invalid="error", or too long for an embedder with long="error"; names file,
             line and record.
     """
-    residues = longest = beyond = rejected = records = 0
+    records = residues = longest = beyond = work = rejected = 0
     digest = hashlib.blake2b(digest_size=16)
     rows = csv.writer(rejects) if rejects is not None else None
 
@@ -149,8 +153,13 @@ def survey_library(
         records += 1
         residues += length
         longest = max(longest, length)
+        work += _work(record, embedder)
         digest.update(f">{record.header}\n{record.sequence}\n".encode("utf-8", "surrogateescape"))
-    return Survey(records, residues, longest, beyond, rejected, digest.hexdigest())
+    return Survey(records, residues, longest, beyond, work, rejected, digest.hexdigest())
+
+
+def _work(record: Record, embedder: Embedder) -> int:
+    return residues_run(len(record.sequence), max_residues=embedder.max_residues, long=embedder.long)
 
 
 def _too_long(fasta: Path, record: Record, limit: int) -> InputError:
@@ -209,12 +218,12 @@ def embed_library(
         with StoreWriter(out, settings, details={**source, **(details or {})}, overwrite=overwrite) as store:
             resumed = sum(shard.rows for shard in store.shards.values())
             if store.complete:
-                progress.start(survey, survey.residues)
+                progress.start(survey, survey.work)
                 return LibraryResult(survey, resumed=resumed, duplicates=store.count_duplicates())
             rejects.seek(0)
             store.write_rejects(rejects)
-            embedded, flags = _fill(store, fasta, embedder, options, survey, progress)
-            return LibraryResult(survey, embedded, resumed, store.finish(), flags)
+            embedded, residues, flags = _fill(store, fasta, embedder, options, survey, progress)
+            return LibraryResult(survey, embedded, resumed, store.finish(), residues, flags)
 
 
 def _settings(embedder: Embedder, options: LibraryOptions, survey: Survey) -> dict[str, Any]:
@@ -222,9 +231,10 @@ def _settings(embedder: Embedder, options: LibraryOptions, survey: Survey) -> di
     return {
         "model": model.name,
         "model_fingerprint": model.fingerprint,
+        "layers": model.config.layers,
         "width": embedder.dims[-1],
         "pool": embedder.pool,
-        "precision": precision_name(model.dtype),
+        "precision": embedder.precision,
         "device": model.device.type,
         "max_tokens": embedder.max_tokens,
         "long": embedder.long,
@@ -244,30 +254,32 @@ def _fill(
     options: LibraryOptions,
     survey: Survey,
     progress: Progress,
-) -> tuple[int, dict[str, int]]:
-    """Embeds the shards that the store lacks; how many proteins, and how many of them carry each flag."""
+) -> tuple[int, int, dict[str, int]]:
+    """Embeds the shards that the store lacks: their proteins, residues, and how many proteins carry each flag."""
     width = embedder.dims[-1]
     max_residues = SHARD_RESIDUES
     if embedder.pool == "residue":
         max_residues = min(max_residues, max(1, _SHARD_BYTES // (4 * width)))
     records = read_fasta(fasta, invalid=options.invalid)
-    embedded, counts, started = 0, Counter[str](), False
-    done_residues = 0
+    embedded = residues = done = 0
+    counts: Counter[str] = Counter()
+    started = False
     for number, shard in enumerate(cut_shards(records, max_records=options.shard_records, max_residues=max_residues)):
         if number % options.shard[1] != options.shard[0] - 1:
             continue
         if number in store.shards:
-            done_residues += sum(len(record.sequence) for record in shard)
+            done += sum(_work(record, embedder) for record in shard)
             continue
         if not started:
-            progress.start(survey, done_residues)
+            progress.start(survey, done)
             started = True
         vectors = embedder.embed_clean([record.sequence for record in shard], after_batch=progress.advance)
         flags = [_flags(record, embedder) for record in shard]
         store.add(number, shard, flags, _arrays(vectors, options.storage_dtype))
         embedded += len(shard)
+        residues += sum(len(record.sequence) for record in shard)
         counts.update(itertools.chain.from_iterable(flags))
-    return embedded, dict(counts)
+    return embedded, residues, dict(counts)
 
 
 def _flags(record: Record, embedder: Embedder) -> list[str]:

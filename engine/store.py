@@ -154,7 +154,9 @@ class StoreWriter:
         return indexed and path.exists() and path.stat().st_size == shard.size_bytes
 
     def _clear(self) -> None:
-        for pattern in ("part-*.safetensors", "part-*.parquet", INDEX_FILE, REJECTS_FILE, RUN_FILE, ".*.tmp"):
+        # run.json goes first: a folder that is half cleared must not look like a run.
+        patterns = (RUN_FILE, "part-*.*", INDEX_FILE, REJECTS_FILE, "embeddings.*", "offsets.npy", "pt/*.pt", ".*.tmp")
+        for pattern in patterns:
             for path in self.folder.glob(pattern):
                 path.unlink()
 

@@ -87,6 +87,13 @@ def cut(row: int, residues: int, *, max_residues: int, long: str) -> list[Piece]
     return _windows(row, residues, max_residues)
 
 
+def residues_run(residues: int, *, max_residues: int, long: str) -> int:
+    """Residues that a protein costs to run, those in several windows counted as often."""
+    if residues <= max_residues or long == "full":
+        return residues
+    return max_residues * (len(window_begins(residues, max_residues)) if long == "window" else 1)
+
+
 def check_policy(long: str) -> None:
     """Raises ValueError if `long` is not one of `LONG_POLICIES`."""
     if long not in LONG_POLICIES:

@@ -1,4 +1,4 @@
-"""The training commands of `protnest`; the engine's command line mounts them by name, without importing the engine's models."""
+"""The training commands of `protnest`, which the command line mounts by name."""
 
 from __future__ import annotations
 

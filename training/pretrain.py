@@ -1,7 +1,7 @@
 """Training an ESM-2 encoder from sequences alone, as a masked language model.
 
 A run is a function of its configuration: batches, crops and masks are drawn from (seed, step), so that a killed run
-goes on from its last checkpoint to the same weights as an uninterrupted one (bit for bit on one CPU with fixed threads).
+goes on from its last checkpoint to the same weights as an uninterrupted one: bit for bit on one CPU with fixed threads.
 """
 
 from __future__ import annotations
@@ -177,7 +177,9 @@ class Pretraining:
         while self.step < until:
             loss = self._step(next(batches))
             if not math.isfinite(loss):
-                message = f"the loss is {loss} at step {self.step}: try a smaller learning rate than {self.config.learning_rate}"
+                message = (
+                    f"the loss is {loss} at step {self.step}: try a learning rate below {self.config.learning_rate}"
+                )
                 raise InputError(message)
             self.step += 1
             after_step(self.step, loss)

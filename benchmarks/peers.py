@@ -1,0 +1,291 @@
+"""The engines that are compared: one small class each, the same weights and one interface for all.
+
+fair-esm runs as its extract script does: its own planner, converter and forward, logits included, fp32. transformers runs
+`EsmModel` with SDPA and without a pooler, on padded batches sorted by length; its tokens come from a table instead of its
+slower tokenizer. protnest runs `Embedder`. All pool the mean over residues.
+
+Shapes: B sequences, L tokens of the longest one in a padded batch, D width. Budgets are tokens a batch, padding counted;
+a budget of 1 runs one sequence at a time.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from protnest.engine import Embedder, Encoder, from_fair_esm, from_transformers
+from protnest.engine.alphabet import BOS_ID, EOS_ID, PAD_ID, RESIDUE_TABLE
+from protnest.engine.config import EncoderConfig, config_to_huggingface
+from protnest.engine.device import PRECISIONS
+from torch import nn
+
+Vectors = npt.NDArray[np.float32]
+
+FAIR_ESM, TRANSFORMERS, PROTNEST = "fair-esm", "transformers", "protnest"
+PEER_MODULES = {FAIR_ESM: "esm", TRANSFORMERS: "transformers"}
+# What fair-esm and transformers hold beyond the encoder that is compared, or compute by themselves.
+_NOT_COMPARED = ("contact_head.", "lm_head.", "rotary_embeddings.", "rot_emb.", "position_ids")
+
+
+class Engine(Protocol):
+    """What is timed.
+
+    Attributes:
+        name: the package.
+        precision: "fp32", "bf16" or "fp16".
+    """
+
+    name: str
+    precision: str
+
+    def embed(self, sequences: Sequence[str], budget: int) -> Vectors:
+        """Mean over residues of the last layer after the final LayerNorm: float32 (B, D), in the order given."""
+        ...
+
+
+class Protnest:
+    """`protnest.engine.Embedder`, packed batches."""
+
+    name = PROTNEST
+
+    def __init__(self, encoder: Encoder, *, precision: str, device: torch.device) -> None:
+        self.precision = precision
+        # A copy: several precisions come from one encoder.
+        self._encoder = copy.deepcopy(encoder).to(device=device, dtype=PRECISIONS[precision]).requires_grad_(False)
+
+    def embed(self, sequences: Sequence[str], budget: int) -> Vectors:
+        vectors = Embedder(self._encoder, pool="mean", max_tokens=budget).embed(sequences)
+        assert isinstance(vectors, np.ndarray)
+        return vectors
+
+
+class Transformers:
+    """`transformers.EsmModel` with SDPA, padded batches sorted by length, attention mask given."""
+
+    name = TRANSFORMERS
+
+    def __init__(self, model: nn.Module, *, precision: str, device: torch.device) -> None:
+        self.precision = precision
+        self._device = device
+        self._model = copy.deepcopy(model).to(device).eval().requires_grad_(False)
+        # Parameters alone: `.to(dtype)` would round the rotary frequencies, too, and cost it its accuracy.
+        for parameter in self._model.parameters():
+            parameter.data = parameter.data.to(PRECISIONS[precision])
+
+    def embed(self, sequences: Sequence[str], budget: int) -> Vectors:
+        order: list[int] = []
+        rows: list[torch.Tensor] = []
+        for batch in sorted_batches([len(sequence) + 2 for sequence in sequences], budget):
+            tokens_BL, weights_BL = _pad([sequences[index] for index in batch])
+            tokens = torch.from_numpy(tokens_BL).to(self._device)
+            with torch.inference_mode():
+                hidden_BLD = self._model(input_ids=tokens, attention_mask=(tokens != PAD_ID).long()).last_hidden_state
+                weights = torch.from_numpy(weights_BL).to(self._device)
+                rows.append(torch.einsum("bl,bld->bd", weights, hidden_BLD.float()))
+            order += batch
+        pooled = torch.cat(rows).cpu().numpy()
+        result = np.empty_like(pooled)
+        result[order] = pooled
+        return result
+
+
+class FairEsm:
+    """`esm.model.esm2.ESM2`, planned and converted by its own code, fp32 only."""
+
+    name = FAIR_ESM
+    precision = "fp32"
+
+    def __init__(self, model: nn.Module, *, device: torch.device) -> None:
+        self._device = device
+        self._model: Any = copy.deepcopy(model).to(device).eval().requires_grad_(False)
+
+    def embed(self, sequences: Sequence[str], budget: int) -> Vectors:
+        from esm.data import FastaBatchedDataset
+
+        dataset = FastaBatchedDataset([str(index) for index in range(len(sequences))], sequences)
+        convert = self._model.alphabet.get_batch_converter()
+        deepest = self._model.num_layers
+        result = np.empty((len(sequences), self._model.embed_dim), dtype=np.float32)
+        for batch in dataset.get_batch_indices(budget, extra_toks_per_seq=1):
+            _, strings, tokens = convert([dataset[index] for index in batch])
+            with torch.inference_mode():
+                hidden_BLD = self._model(tokens.to(self._device), repr_layers=[deepest])["representations"][deepest]
+                means = [hidden_BLD[row, 1 : len(string) + 1].mean(0) for row, string in enumerate(strings)]
+                result[batch] = torch.stack(means).cpu().numpy()
+        return result
+
+
+def sorted_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices of sequences by rising length, cut so that no padded batch exceeds `budget` tokens, unless it holds one."""
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if batches and (len(batches[-1]) + 1) * lengths[index] <= budget:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def _pad(sequences: Sequence[str]) -> tuple[npt.NDArray[np.int64], Vectors]:
+    """Token ids (B, L) and weights (B, L) whose weighted sum is the mean over residues."""
+    longest = max(map(len, sequences)) + 2
+    tokens_BL = np.full((len(sequences), longest), PAD_ID, dtype=np.int64)
+    weights_BL = np.zeros((len(sequences), longest), dtype=np.float32)
+    tokens_BL[:, 0] = BOS_ID
+    for row, sequence in enumerate(sequences):
+        end = len(sequence) + 1
+        tokens_BL[row, 1:end] = RESIDUE_TABLE[np.frombuffer(sequence.encode("ascii"), dtype=np.uint8)]
+        tokens_BL[row, end] = EOS_ID
+        weights_BL[row, 1:end] = 1 / len(sequence)
+    return tokens_BL, weights_BL
+
+
+def scatter_weights(model: nn.Module, *, seed: int) -> None:
+    """Fills a model with random weights that hide nothing: biases and LayerNorms differ from channel to channel.
+
+    A linear layer's outputs have about its inputs' scale, so attention is far from uniform and every layer counts.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.normal_(0, 1 / math.sqrt(module.in_features), generator=generator)
+                if module.bias is not None:
+                    module.bias.normal_(0, 0.2, generator=generator)
+            elif isinstance(module, nn.LayerNorm):
+                module.weight.normal_(1, 0.2, generator=generator)
+                module.bias.normal_(0, 0.2, generator=generator)
+            elif isinstance(module, nn.Embedding):
+                module.weight.normal_(0, 1, generator=generator)
+
+
+def random_encoder(config: EncoderConfig, *, seed: int) -> Encoder:
+    """An fp32 encoder on the CPU with the weights of `scatter_weights`, language-model head included."""
+    encoder = Encoder(config, name="random").eval()
+    scatter_weights(encoder, seed=seed)
+    return encoder.requires_grad_(False)
+
+
+def _random_transformers(config: EncoderConfig, *, seed: int) -> nn.Module:
+    from transformers import EsmConfig, EsmModel
+
+    settings = EsmConfig(**config_to_huggingface(config, dtype="float32"), attn_implementation="sdpa")
+    model: nn.Module = EsmModel(settings, add_pooling_layer=False)
+    scatter_weights(model, seed=seed)
+    return model.eval()
+
+
+def _random_fair_esm(config: EncoderConfig, *, seed: int) -> nn.Module:
+    from esm.model.esm2 import ESM2
+
+    model: nn.Module = ESM2(num_layers=config.layers, embed_dim=config.width, attention_heads=config.heads)
+    scatter_weights(model, seed=seed)
+    return model.eval()
+
+
+def _fair_esm_names(layers: int) -> Iterator[tuple[str, str]]:
+    """Each tensor of the encoder by fair-esm's name and by transformers'."""
+    yield "embed_tokens.weight", "embeddings.word_embeddings.weight"
+    parts = {
+        "self_attn.q_proj": "attention.self.query",
+        "self_attn.k_proj": "attention.self.key",
+        "self_attn.v_proj": "attention.self.value",
+        "self_attn.out_proj": "attention.output.dense",
+        "self_attn_layer_norm": "attention.LayerNorm",
+        "fc1": "intermediate.dense",
+        "fc2": "output.dense",
+        "final_layer_norm": "LayerNorm",
+    }
+    for kind in ("weight", "bias"):
+        yield f"emb_layer_norm_after.{kind}", f"encoder.emb_layer_norm_after.{kind}"
+        for layer in range(layers):
+            for fair, other in parts.items():
+                yield f"layers.{layer}.{fair}.{kind}", f"encoder.layer.{layer}.{other}.{kind}"
+
+
+def _copy_to_fair_esm(source: nn.Module, target: nn.Module, layers: int) -> None:
+    tensors = source.state_dict()
+    renamed = {fair: tensors[name] for fair, name in _fair_esm_names(layers)}
+    outcome = target.load_state_dict(renamed, strict=False)
+    left = [name for name in outcome.missing_keys if not any(part in name for part in _NOT_COMPARED)]
+    if left or outcome.unexpected_keys:
+        message = f"weights did not reach fair-esm: missing {left}, unexpected {outcome.unexpected_keys}"
+        raise RuntimeError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lineup:
+    """The engines of one model shape; their weights are the same, bit for bit in fp32.
+
+    Attributes:
+        ours: protnest in each precision.
+        peers: the others in each precision that they have.
+        absent: packages that are not installed here.
+    """
+
+    ours: list[Protnest]
+    peers: list[Transformers | FairEsm]
+    absent: list[str]
+
+    @property
+    def engines(self) -> list[Protnest | Transformers | FairEsm]:
+        return [*self.ours, *self.peers]
+
+    def rivals(self, peer: Engine) -> list[Protnest]:
+        """Ours in the peer's precision, and in every other one that this peer does not come in."""
+        of_peer = {other.precision for other in self.peers if other.name == peer.name} - {peer.precision}
+        return [engine for engine in self.ours if engine.precision not in of_peer]
+
+
+def build_lineup(
+    config: EncoderConfig,
+    *,
+    seed: int,
+    precisions: Sequence[str],
+    device: torch.device,
+    peers: Sequence[str] = (FAIR_ESM, TRANSFORMERS),
+) -> Lineup:
+    """Builds every engine that is installed, from one set of random weights.
+
+    Protnest adopts each peer's model through its public functions; that all adopted encoders have one fingerprint proves
+    that the weights are the same.
+
+    Args:
+        config: the architecture.
+        seed: of the weights.
+        precisions: "fp32", "bf16" or "fp16"; fair-esm comes in fp32 only.
+        device: where all run.
+        peers: which packages to compare with.
+
+    Raises:
+        RuntimeError: the weights of two engines differ.
+    """
+    absent = [name for name in peers if importlib.util.find_spec(PEER_MODULES[name]) is None]
+    wanted = [name for name in peers if name not in absent]
+    adopted: list[Encoder] = []
+    others: list[Transformers | FairEsm] = []
+    theirs: nn.Module | None = None
+    if TRANSFORMERS in wanted:
+        theirs = _random_transformers(config, seed=seed)
+        adopted.append(from_transformers(theirs))
+        others += [Transformers(theirs, precision=precision, device=device) for precision in precisions]
+    if FAIR_ESM in wanted and "fp32" in precisions:
+        model: Any = _random_fair_esm(config, seed=seed)
+        if theirs is not None:
+            _copy_to_fair_esm(theirs, model, config.layers)
+        adopted.append(from_fair_esm(model, model.alphabet))
+        others.append(FairEsm(model, device=device))
+    if not adopted:
+        adopted.append(random_encoder(config, seed=seed))
+    if len({encoder.fingerprint for encoder in adopted}) != 1:
+        message = f"the engines' weights differ: {[encoder.fingerprint for encoder in adopted]}"
+        raise RuntimeError(message)
+    ours = [Protnest(adopted[0], precision=precision, device=device) for precision in precisions]
+    return Lineup(ours=ours, peers=others, absent=absent)

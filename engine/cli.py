@@ -1,0 +1,243 @@
+"""The command line: `protnest`.
+
+Commands of the engine live here. Those of other packages are found by the entry-point group `protnest.commands` and
+mounted without importing anything before they are asked for, so the engine never imports training or benchmarks.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from click import Command, Context
+from rich.console import Console
+from rich.table import Table
+from typer.core import TyperGroup
+
+from .errors import InputError
+
+_ENTRY_POINTS = "protnest.commands"
+_FAILED = 1
+_INTERRUPTED = 130
+
+_console = Console(stderr=True, soft_wrap=True)
+
+
+class _LazyGroup(TyperGroup):
+    """Adds the commands of other packages, and turns failures that a user can mend into a message and exit code 1."""
+
+    def list_commands(self, ctx: Context) -> list[str]:
+        mounted = {entry.name for entry in importlib.metadata.entry_points(group=_ENTRY_POINTS)}
+        return sorted({*super().list_commands(ctx), *mounted})
+
+    def get_command(self, ctx: Context, cmd_name: str) -> Command | None:
+        own = super().get_command(ctx, cmd_name)
+        found = importlib.metadata.entry_points(group=_ENTRY_POINTS, name=cmd_name)
+        if own is not None or not found:
+            return own
+        (entry,) = found
+        app = typer.Typer(add_completion=False)
+        app.command(name=cmd_name)(entry.load())
+        return typer.main.get_command(app)
+
+    def invoke(self, ctx: Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except InputError as error:
+            _fail(str(error))
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            _fail(f"{where}{error.strerror or error}")
+        except MemoryError:
+            _fail("out of memory: try a smaller --max-tokens")
+        except RuntimeError as error:
+            # torch's class is looked up only if torch runs already: importing it costs seconds.
+            torch = sys.modules.get("torch")
+            if torch is None or not isinstance(error, torch.OutOfMemoryError):
+                raise
+            _fail(f"out of GPU memory: try a smaller --max-tokens ({str(error).splitlines()[0]})")
+        except KeyboardInterrupt as error:
+            _console.print("stopped; the same command goes on from the last finished shard", style="yellow")
+            raise typer.Exit(_INTERRUPTED) from error
+
+
+def _fail(message: str) -> None:
+    _console.print("[bold red]error:[/]", end=" ")
+    _console.print(message, markup=False, highlight=False)
+    raise typer.Exit(_FAILED)
+
+
+app = typer.Typer(
+    cls=_LazyGroup,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Families of protein language models run as one nested model.",
+)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"protnest {importlib.metadata.version('protnest')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    from rich.logging import RichHandler
+
+    handler = RichHandler(console=_console, show_time=False, show_path=False, show_level=False)
+    logger = logging.getLogger("protnest")
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.INFO)
+
+
+def _parse_shard(text: str) -> str:
+    match = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", text)
+    if not match or int(match[1]) > int(match[2]):
+        message = f"{text!r} is not I/N with 1 <= I <= N"
+        raise typer.BadParameter(message)
+    return text
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on standard output.")]
+Model = Annotated[
+    str, typer.Option(help="Bundled name, folder in Hugging Face layout, fair-esm .pt file, or published name.")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Precision = Annotated[
+    Literal["auto", "fp32", "bf16", "fp16"], typer.Option(help="auto: bf16 where the hardware has it, else fp32.")
+]
+
+
+@app.command()
+def embed(
+    fasta: Annotated[Path, typer.Argument(help="Proteins: FASTA, plain or .gz.", metavar="FASTA")],
+    out: Annotated[Path, typer.Option(help="Folder for the embeddings; an unfinished run in it is resumed.")],
+    model: Model = "nano-s",
+    pool: Annotated[
+        Literal["mean", "max", "bos", "residue"], typer.Option(help="One vector a protein, or one a residue.")
+    ] = "mean",
+    precision: Precision = "auto",
+    device: Device = "auto",
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Most tokens in a batch.", min=1, show_default="4096 on a CPU, 65536 on a GPU")
+    ] = None,
+    output_format: Annotated[
+        Literal["safetensors", "parquet", "h5", "npy", "pt"],
+        typer.Option("--format", help="Beside the safetensors shards, write this format at the end."),
+    ] = "safetensors",
+    storage_dtype: Annotated[Literal["fp32", "fp16"], typer.Option(help="How embeddings are stored.")] = "fp32",
+    shard: Annotated[
+        str, typer.Option(help="I/N: of all output shards, embed every N-th from the I-th on.", callback=_parse_shard)
+    ] = "1/1",
+    shard_records: Annotated[int, typer.Option(help="Most proteins in an output shard.", min=1)] = 2048,
+    long: Annotated[
+        Literal["window", "full", "truncate", "error"],
+        typer.Option(help="Proteins beyond the length that the model was trained on."),
+    ] = "window",
+    invalid: Annotated[Literal["mask", "skip", "error"], typer.Option(help="Letters outside the alphabet.")] = "error",
+    overwrite: Annotated[bool, typer.Option(help="Throw away a run of other settings in --out.")] = False,
+    json_output: Json = False,
+) -> None:
+    """Embed a library of proteins."""
+    import time
+
+    from .embedder import Embedder
+    from .embeddings import read_embeddings
+    from .formats import check_format, convert
+    from .info import peak_memory_bytes, versions
+    from .library import LibraryOptions, embed_library
+    from .models import load_model
+    from .progress import EmbedProgress
+
+    check_format(output_format)
+    started = time.perf_counter()
+    encoder = load_model(model, device=device, precision=precision)
+    embedder = Embedder(encoder, pool=pool, long=long, max_tokens=max_tokens)
+    index, count = map(int, shard.split("/"))
+    options = LibraryOptions(
+        invalid=invalid, storage_dtype=storage_dtype, shard=(index, count), shard_records=shard_records
+    )
+    with EmbedProgress(_console) as progress:
+        result = embed_library(
+            fasta, out, embedder, options, details={"versions": versions()}, overwrite=overwrite, progress=progress
+        )
+    written = out if output_format == "safetensors" else convert(read_embeddings(out), out, output_format)
+    seconds = progress.seconds
+    report: dict[str, Any] = {
+        "out": str(written),
+        "model": encoder.name,
+        "precision": embedder.precision,
+        "device": str(encoder.device),
+        "width": embedder.dims[-1],
+        "sequences": result.embedded + result.resumed,
+        "embedded_now": result.embedded,
+        "resumed": result.resumed,
+        "rejected": result.survey.rejected,
+        "duplicate_ids": result.duplicates,
+        "flags": result.flags,
+        "residues": result.residues,
+        "residues_per_s": round(result.residues / seconds, 1) if result.residues else None,
+        "embedding_s": round(seconds, 3),
+        "total_s": round(time.perf_counter() - started, 3),
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+    if json_output:
+        typer.echo(json.dumps(report))
+    else:
+        _print_report(report)
+
+
+def _print_report(report: dict[str, Any]) -> None:
+    rate = report["residues_per_s"]
+    rows = {
+        "embeddings": report["out"],
+        "model": f"{report['model']}, {report['precision']} on {report['device']}",
+        "sequences": f"{report['sequences']:,}" + (f" ({report['resumed']:,} resumed)" if report["resumed"] else ""),
+        "residues": f"{report['residues']:,}",
+        "residues/s": f"{rate:,.0f}" if rate else "nothing left to do",
+        "peak memory": f"{report['peak_memory_bytes'] / 2**20:,.0f} MiB",
+    }
+    for flag, count in report["flags"].items():
+        rows[flag] = f"{count:,} sequences"
+    if report["rejected"]:
+        rows["left out"] = f"{report['rejected']:,} records, listed in rejects.csv"
+    if report["duplicate_ids"]:
+        rows["duplicate ids"] = f"{report['duplicate_ids']:,} rows, kept"
+    table = Table(show_header=False, box=None)
+    for name, value in rows.items():
+        table.add_row(name, value)
+    Console(soft_wrap=True).print(table)
+
+
+@app.command()
+def info(json_output: Json = False) -> None:
+    """Say what runs on this machine, and why."""
+    from .info import describe
+
+    facts = describe()
+    if json_output:
+        typer.echo(json.dumps(facts))
+        return
+    table = Table(show_header=False, box=None)
+    for section, values in facts.items():
+        for name, value in values.items():
+            table.add_row(section, name, str(value))
+            section = ""
+    Console(soft_wrap=True).print(table)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app(prog_name="protnest")

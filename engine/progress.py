@@ -1,0 +1,57 @@
+"""The progress bar of `protnest embed`: residues done, residues/s, time left."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from .library import Survey
+
+
+class EmbedProgress:
+    """Follows `embed_library` on a terminal; elsewhere it only keeps the time.
+
+    Attributes:
+        seconds: from the first batch to the end of the run.
+    """
+
+    def __init__(self, console: Console) -> None:
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+        )
+        self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
+        self._task = self._bar.add_task("checking the sequences", total=None, rate="")
+        self._started = time.perf_counter()
+        self._now = 0
+        self.seconds = 0.0
+
+    def __enter__(self) -> EmbedProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.seconds = time.perf_counter() - self._started
+        self._bar.stop()
+
+    def start(self, survey: Survey, done_residues: int) -> None:
+        """The library is known: `done_residues` of its work are done already."""
+        self._started = time.perf_counter()
+        description = f"embedding {survey.records:,} sequences"
+        self._bar.update(self._task, description=description, total=survey.work, completed=done_residues)
+
+    def advance(self, residues: int) -> None:
+        """A batch of so many residues is done."""
+        self._now += residues
+        elapsed = time.perf_counter() - self._started
+        rate = f"{self._now / elapsed:,.0f} residues/s" if elapsed > 0 else ""
+        self._bar.update(self._task, advance=residues, rate=rate)
