@@ -1,11 +1,11 @@
 """The engines that are compared: one small class each, the same weights and one interface for all.
 
-fair-esm runs as its extract script does: its own planner, converter and forward, logits included, fp32. transformers runs
-`EsmModel` with SDPA and without a pooler, on padded batches sorted by length; its tokens come from a table instead of its
-slower tokenizer. protnest runs `Embedder`. All pool the mean over residues.
+fair-esm runs as its extract script does: its own planner, converter and forward, logits included, fp32. transformers
+runs `EsmModel` with SDPA and without a pooler, on padded batches sorted by length; its tokens come from a table instead
+of its slower tokenizer. protnest runs `Embedder`. All pool the mean over residues.
 
-Shapes: B sequences, L tokens of the longest one in a padded batch, D width. Budgets are tokens a batch, padding counted;
-a budget of 1 runs one sequence at a time.
+Shapes: B sequences, L tokens of the longest one in a padded batch, D width. Budgets are tokens a batch, padding
+counted; a budget of 1 runs one sequence at a time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from protnest.engine import Embedder, Encoder, from_fair_esm, from_transformers
 from protnest.engine.alphabet import BOS_ID, EOS_ID, PAD_ID, RESIDUE_TABLE
 from protnest.engine.config import EncoderConfig, config_to_huggingface
-from protnest.engine.device import PRECISIONS
+from protnest.engine.device import PRECISIONS, precision_name, resolve_precision
 from torch import nn
 
 Vectors = npt.NDArray[np.float32]
@@ -123,7 +123,7 @@ class FairEsm:
 
 
 def sorted_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices of sequences by rising length, cut so that no padded batch exceeds `budget` tokens, unless it holds one."""
+    """Indices by rising length, cut so that no padded batch exceeds `budget` tokens, unless it holds one sequence."""
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
         if batches and (len(batches[-1]) + 1) * lengths[index] <= budget:
@@ -164,6 +164,11 @@ def scatter_weights(model: nn.Module, *, seed: int) -> None:
                 module.bias.normal_(0, 0.2, generator=generator)
             elif isinstance(module, nn.Embedding):
                 module.weight.normal_(0, 1, generator=generator)
+
+
+def is_installed(peer: str) -> bool:
+    """Whether a peer's package is here."""
+    return importlib.util.find_spec(PEER_MODULES[peer]) is not None
 
 
 def random_encoder(config: EncoderConfig, *, seed: int) -> Encoder:
@@ -227,21 +232,27 @@ class Lineup:
     Attributes:
         ours: protnest in each precision.
         peers: the others in each precision that they have.
-        absent: packages that are not installed here.
+        reference: an fp32 engine, a peer's where one is installed; all must agree with it.
+        default_precision: which one `--precision auto` is here.
     """
 
     ours: list[Protnest]
     peers: list[Transformers | FairEsm]
-    absent: list[str]
+    reference: Engine
+    default_precision: str
 
     @property
     def engines(self) -> list[Protnest | Transformers | FairEsm]:
         return [*self.ours, *self.peers]
 
     def rivals(self, peer: Engine) -> list[Protnest]:
-        """Ours in the peer's precision, and in every other one that this peer does not come in."""
-        of_peer = {other.precision for other in self.peers if other.name == peer.name} - {peer.precision}
-        return [engine for engine in self.ours if engine.precision not in of_peer]
+        """Ours in the peer's precision and, where the peer does not come in it, ours in the precision it runs in here.
+
+        So like meets like, and what a user gets by default from one meets what they get from the other.
+        """
+        of_peer = {other.precision for other in self.peers if other.name == peer.name}
+        wanted = {peer.precision, *({self.default_precision} - of_peer)}
+        return [engine for engine in self.ours if engine.precision in wanted] or self.ours[:1]
 
 
 def build_lineup(
@@ -254,38 +265,49 @@ def build_lineup(
 ) -> Lineup:
     """Builds every engine that is installed, from one set of random weights.
 
-    Protnest adopts each peer's model through its public functions; that all adopted encoders have one fingerprint proves
-    that the weights are the same.
+    Protnest adopts each peer's model through its public functions; that all adopted encoders have one fingerprint
+    proves that the weights are the same.
 
     Args:
         config: the architecture.
         seed: of the weights.
-        precisions: "fp32", "bf16" or "fp16"; fair-esm comes in fp32 only.
+        precisions: "fp32", "bf16" or "fp16", of ours and of transformers; fair-esm comes in fp32, whatever they are.
         device: where all run.
-        peers: which packages to compare with.
+        peers: which packages to compare with; those that are not installed are left out.
 
     Raises:
         RuntimeError: the weights of two engines differ.
     """
-    absent = [name for name in peers if importlib.util.find_spec(PEER_MODULES[name]) is None]
-    wanted = [name for name in peers if name not in absent]
+    wanted = [name for name in peers if is_installed(name)]
     adopted: list[Encoder] = []
     others: list[Transformers | FairEsm] = []
+    reference: Engine | None = None
     theirs: nn.Module | None = None
     if TRANSFORMERS in wanted:
         theirs = _random_transformers(config, seed=seed)
         adopted.append(from_transformers(theirs))
         others += [Transformers(theirs, precision=precision, device=device) for precision in precisions]
-    if FAIR_ESM in wanted and "fp32" in precisions:
+    if FAIR_ESM in wanted:
         model: Any = _random_fair_esm(config, seed=seed)
         if theirs is not None:
             _copy_to_fair_esm(theirs, model, config.layers)
         adopted.append(from_fair_esm(model, model.alphabet))
-        others.append(FairEsm(model, device=device))
+        reference = FairEsm(model, device=device)
+        others.append(reference)
     if not adopted:
         adopted.append(random_encoder(config, seed=seed))
     if len({encoder.fingerprint for encoder in adopted}) != 1:
         message = f"the engines' weights differ: {[encoder.fingerprint for encoder in adopted]}"
         raise RuntimeError(message)
     ours = [Protnest(adopted[0], precision=precision, device=device) for precision in precisions]
-    return Lineup(ours=ours, peers=others, absent=absent)
+    if reference is None:
+        if theirs is not None:
+            reference = Transformers(theirs, precision="fp32", device=device)
+        else:
+            reference = Protnest(adopted[0], precision="fp32", device=device)
+    return Lineup(
+        ours=ours,
+        peers=others,
+        reference=reference,
+        default_precision=precision_name(resolve_precision("auto", device)),
+    )

@@ -100,6 +100,8 @@ def _root(
     logger = logging.getLogger("protnest")
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO)
+    # Which kernel runs is told by `protnest info`; only trouble is worth a line in every run.
+    logging.getLogger("protnest.kernels").setLevel(logging.WARNING)
 
 
 def _parse_shard(text: str) -> str:
@@ -241,3 +243,7 @@ def info(json_output: Json = False) -> None:
 def main() -> None:
     """Entry point of the console script."""
     app(prog_name="protnest")
+
+
+if __name__ == "__main__":
+    main()

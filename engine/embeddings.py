@@ -74,7 +74,7 @@ class ShardedArray:
         filled = 0
         while filled < len(out):
             before = int(self._ends[first - 1]) if first else 0
-            part = self._slices[first][begin + filled - before : end - before]
+            part = self._slices[first][begin + filled - before : min(end, int(self._ends[first])) - before]
             out[filled : filled + len(part)] = part
             filled += len(part)
             first += 1

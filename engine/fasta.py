@@ -412,7 +412,7 @@ def _find(path: Path, index: int, position: int | None) -> tuple[int | None, int
         elif record > index or position is None:
             break
         else:
-            position -= len(_unescape(text).translate(_TIDY))
+            position -= len(text.translate(_TIDY))  # Before the fault there are no escapes.
             if position < 0:
                 return header_line, number
     return header_line, None

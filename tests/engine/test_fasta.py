@@ -305,7 +305,7 @@ BAD_LETTERS = [
 @pytest.mark.parametrize(("letter", "shown"), BAD_LETTERS, ids=[ascii(letter) for letter, _ in BAD_LETTERS])
 @pytest.mark.parametrize("chunk_bytes", [1, 1 << 16])
 def test_bad_letter(tmp_path: Path, letter: str, shown: str, chunk_bytes: int) -> None:
-    path = write(tmp_path, f">a\nMKV\n\n>b second\n# c\n mk v\nLL{letter}{letter}M9*\n>c\nMK\n")
+    path = write(tmp_path, f">a\nMKV\n\n>b second\n# c\n m k\t  v\nLL{letter}{letter}M9*\n>c\nMK\n")
     with chunks_of(chunk_bytes):
         error = failure(path)
         records, rejects = read_all(path, invalid="skip")
@@ -585,12 +585,22 @@ def test_many_records_are_not_taken_for_an_endless_one(
 
 
 @pytest.fixture
-def pipe() -> Iterator[tuple[Path, int]]:
+def pipe(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Path, int]]:
+    """Yield a pipe's reading end, which may be opened once only, as a second time could wait for ever."""
     if not Path("/dev/fd").exists():
         pytest.skip("no /dev/fd here")
     reading, writing = os.pipe()
+    opened: list[Path] = []
+    open_path = Path.open
+
+    def open_once(self: Path, *args: Any, **options: Any) -> Any:
+        opened.append(self)
+        return open_path(self, *args, **options)
+
+    monkeypatch.setattr(Path, "open", open_once)
     yield Path(f"/dev/fd/{reading}"), writing
     os.close(reading)
+    assert len(opened) == 1
 
 
 def fill(writing: int, data: bytes) -> None:

@@ -7,7 +7,8 @@ hundredfold in scale, and queries and keys large enough for attention to be far 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -64,12 +65,12 @@ def fair_esm_outputs(model: Any, tokens_by_sequence: Sequence[torch.Tensor]) -> 
     return {name: torch.cat([tensors[name] for tensors in by_sequence]) for name in by_sequence[0]}
 
 
-def fair_esm_gold(model: Any, tokens_by_sequence: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """`fair_esm_outputs` in fp64 from end to end.
+@contextmanager
+def in_fp64(model: Any) -> Iterator[Any]:
+    """A copy of a fair-esm model that is fp64 from end to end for as long as the context is open.
 
     `model.double()` alone is not: fair-esm takes the softmax of attention in fp32 whatever the model's dtype, and keeps
-    the rotary tables of the last length it saw. The copy here has neither. Its rotary frequencies stay the fp32 numbers
-    that ESM-2 was trained with.
+    the rotary tables of the last length it saw. Rotary frequencies stay the fp32 numbers that ESM-2 was trained with.
     """
     twin = copy.deepcopy(model).double()
     for layer in twin.layers:
@@ -79,4 +80,4 @@ def fair_esm_gold(model: Any, tokens_by_sequence: Sequence[torch.Tensor]) -> dic
         return x.softmax(dim)
 
     with mock.patch.object(esm.multihead_attention, "utils_softmax", softmax):
-        return fair_esm_outputs(twin, tokens_by_sequence)
+        yield twin

@@ -1,0 +1,50 @@
+# Two commands matter: `make demo` and `make test`. Both need Python >= 3.10, make, and g++ for the C++ extension.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# torch is pinned here and installed first: an unpinned one brings gigabytes of CUDA.
+TORCH := torch==2.13.0
+# From the repository's root `import kernels` would find this project's folder and not the package of that name.
+export PYTHONSAFEPATH := 1
+
+.PHONY: demo test lint types unit wheel clean
+
+$(BIN)/protnest: pyproject.toml setup.py $(wildcard csrc/*)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/test: $(BIN)/protnest pyproject.toml
+	$(BIN)/pip install --quiet --editable '.[test]'
+	@touch $@
+
+demo: $(BIN)/protnest
+	rm -rf out/demo
+	$(BIN)/protnest embed examples/proteins.fasta --out out/demo
+
+test: lint types unit wheel
+
+lint: $(VENV)/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy does not follow editable installs of namespace packages, so it reads the folders through links.
+types: $(VENV)/test
+	mkdir -p .typecheck/protnest
+	for folder in engine kernels training benchmarks; do ln -sfn ../../$$folder .typecheck/protnest/$$folder; done
+	MYPYPATH=.typecheck $(BIN)/mypy -p protnest
+
+unit: $(VENV)/test
+	$(BIN)/pytest -m 'not slow'
+
+# What users install is what was tested: the wheel's contents, and the same suite on the wheel's files.
+wheel: $(VENV)/test
+	rm -rf build dist
+	$(BIN)/python -m build --wheel --outdir dist .
+	$(BIN)/pip install --quiet --no-deps --target build/wheel dist/*.whl
+	PROTNEST_WHEEL=$(CURDIR)/build/wheel PYTHONPATH=$(CURDIR)/build/wheel $(BIN)/pytest -m 'not slow'
+
+clean:
+	rm -rf build dist out .typecheck *.egg-info

@@ -1,0 +1,183 @@
+"""Embedding throughput of this machine: packed protnest beside fair-esm and transformers, with the machine's ceilings.
+
+    python benchmarks/bench_embed.py --quick
+    python benchmarks/bench_embed.py --shapes 8M,35M --pairs 5
+
+Same random weights for all; embeddings are compared before anything is timed, and a difference ends the run with exit
+code 1. See `benchmarks/README.md` for the method and for what each key of a row means.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from protnest.benchmarks.ceiling import copy_gbytes_per_s
+from protnest.benchmarks.comparison import Plan, compare
+from protnest.benchmarks.parity import ParityError
+from protnest.benchmarks.peers import PEER_MODULES, is_installed
+from protnest.benchmarks.proteins import Proteins, make_up, sample_fasta
+from protnest.benchmarks.rows import ROOT, Row, append_rows, machine_facts
+from protnest.engine.config import PUBLISHED, EncoderConfig
+from protnest.engine.device import PRECISIONS, has_bf16
+from protnest.engine.errors import InputError
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+SHAPES: dict[str, EncoderConfig] = {name.split("_")[2]: config for name, config in PUBLISHED.items()}
+"""The published architectures by their size alone: 8M, 35M, 150M, 650M, 3B, 15B."""
+
+LIBRARY = ROOT.parent / "shared" / "data" / "sequences" / "uniprot20k_mmseqs2_DB.fasta.gz"
+RESULTS = ROOT / "benchmarks" / "results" / "embed.jsonl"
+
+# Of the sequences, the share on which parity is checked and budgets are tried.
+_TRIED_SHARE = 0.3
+_QUICK_SEQUENCES, _QUICK_PAIRS = 40, 3
+_CPU = torch.device("cpu")
+
+
+def _words(text: str, allowed: Sequence[str], option: str) -> list[str]:
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not words or (unknown := [word for word in words if word not in allowed]):
+        message = f"{option} is {text!r}; allowed are {', '.join(allowed)}, with commas between"
+        raise typer.BadParameter(message if not words else f"{message} (unknown: {', '.join(unknown)})")
+    return words
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    try:
+        numbers = sorted({int(word) for word in text.split(",")})
+    except ValueError:
+        numbers = []
+    if not numbers or numbers[0] < 1:
+        message = f"{option} is {text!r}; expected positive whole numbers with commas between"
+        raise typer.BadParameter(message)
+    return numbers
+
+
+def _proteins(fasta: Path | None, count: int, seed: int) -> Proteins:
+    if fasta is None and not LIBRARY.is_file():
+        return make_up(count=count, seed=seed)
+    return sample_fasta(fasta or LIBRARY, count=count, seed=seed)
+
+
+def _table(rows: Sequence[Row]) -> Table:
+    table = Table(title="residues/s, mean-pooled embeddings")
+    for column in ("shape", "engine", "budget"):
+        table.add_column(column)
+    for column in ("median", "min to max", "ours faster by", "min to max", "GFLOP/s", "% of ceiling", "peak growth"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        faster = row["ours_times_faster_median"]
+        grown = row["peak_growth_bytes"]
+        table.add_row(
+            row["shape"],
+            f"{row['engine']} {row['precision']}",
+            "one by one" if row["budget_tokens"] == 1 else str(row["budget_tokens"]),
+            f"{row['residues_per_s_median']:,.0f}",
+            f"{row['residues_per_s_min']:,.0f} to {row['residues_per_s_max']:,.0f}",
+            "" if faster is None else f"{faster:.2f} x ({row['ours_precision']})",
+            "" if faster is None else f"{row['ours_times_faster_min']:.2f} to {row['ours_times_faster_max']:.2f}",
+            f"{row['gflops']:,.0f}",
+            f"{row['percent_of_ceiling']:.0f} of {row['ceiling_gflops']:,.0f}",
+            "" if grown is None else f"{grown / 1e6:,.0f} MB",
+        )
+    return table
+
+
+def _watch(progress: Progress, shape: str) -> Callable[[int], Callable[[str], None]]:
+    def begun(passes: int) -> Callable[[str], None]:
+        task = progress.add_task(shape, total=passes, engine="")
+        return lambda engine: progress.update(task, advance=1, engine=engine)
+
+    return begun
+
+
+def _run(shapes: Sequence[str], plan: Plan, facts: Row, console: Console) -> list[Row]:
+    rows: list[Row] = []
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[engine]}"),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        for shape in shapes:
+            rows += [facts | row for row in compare(shape, SHAPES[shape], plan, begun=_watch(progress, shape))]
+    return rows
+
+
+def embed(
+    quick: Annotated[bool, typer.Option("--quick", help="8M only, 40 sequences, 3 pairs.")] = False,
+    shapes: Annotated[str, typer.Option(help="Published sizes, with commas between.")] = "8M,35M",
+    sequences: Annotated[int, typer.Option(help="How many proteins to sample.", min=1)] = 200,
+    pairs: Annotated[int, typer.Option(help="Turns of each peer with ours.", min=1)] = 5,
+    precisions: Annotated[str, typer.Option(help="Of ours and transformers; fair-esm is always fp32.")] = "fp32,bf16",
+    budgets: Annotated[
+        str, typer.Option(help="Tokens a batch to choose among; 1 is one sequence at a time.")
+    ] = "1,1024,2048,4096",
+    threads: Annotated[int | None, typer.Option(help="CPU threads; torch's own choice by default.", min=1)] = None,
+    fasta: Annotated[
+        Path | None, typer.Option(help="Proteins; by default those beside the checkout, else made up ones.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of sample and weights.")] = 0,
+    out: Annotated[Path, typer.Option(help="JSON lines; rows are appended.")] = RESULTS,
+) -> None:
+    """Measure embedding throughput of this CPU beside peers, in interleaved pairs."""
+    console = Console(stderr=True)
+    chosen = ["8M"] if quick else _words(shapes, list(SHAPES), "--shapes")
+    # fp16 on a CPU is refused by protnest itself.
+    wanted = _words(precisions, [name for name in PRECISIONS if name != "fp16"], "--precisions")
+    tried = _numbers(budgets, "--budgets")
+    if quick:
+        sequences, pairs = min(sequences, _QUICK_SEQUENCES), min(pairs, _QUICK_PAIRS)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        proteins = _proteins(fasta, sequences, seed)
+    except (InputError, ValueError) as error:
+        console.print(f"[red]{error}[/red]", highlight=False)
+        raise typer.Exit(1) from error
+    console.print(
+        f"{sequences} proteins ({proteins.source}), {proteins.residues:,} residues; {proteins.truncated} cut to 1,022"
+    )
+    if absent := [name for name in PEER_MODULES if not is_installed(name)]:
+        console.print(f"[yellow]not installed, left out: {', '.join(absent)}[/yellow]")
+    if "bf16" in wanted and not has_bf16(_CPU):
+        console.print("[yellow]this CPU has no bf16 of its own: expect bf16 to be slower than fp32[/yellow]")
+    plan = Plan(
+        sequences=proteins.sequences,
+        budgets=tried,
+        precisions=wanted,
+        pairs=pairs,
+        checked=max(1, round(_TRIED_SHARE * sequences)),
+        device=_CPU,
+        ceiling_rows=(1024, 4096),
+        seed=seed,
+    )
+    facts = machine_facts(_CPU) | {
+        "suite": "embed",
+        "data": proteins.source,
+        "sequences": sequences,
+        "residues": proteins.residues,
+        "truncated": proteins.truncated,
+        "copy_gbytes_per_s": round(copy_gbytes_per_s(_CPU), 2),
+    }
+    try:
+        rows = _run(chosen, plan, facts, console)
+    except ParityError as error:
+        console.print(f"[red]{error}[/red]", highlight=False)
+        raise typer.Exit(1) from error
+    append_rows(out, rows)
+    Console().print(_table(rows))
+    console.print(f"{len(rows)} rows appended to {out}")
+
+
+if __name__ == "__main__":
+    sys.exit(typer.run(embed))

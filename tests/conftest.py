@@ -1,0 +1,20 @@
+"""What every test shares: the code under test is the one that was asked for, and torch runs on few threads."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import protnest.engine
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    wheel = os.environ.get("PROTNEST_WHEEL")
+    home = Path(protnest.engine.__file__).resolve()
+    if wheel is not None and not home.is_relative_to(Path(wheel).resolve()):
+        message = f"the suite was to run against the wheel in {wheel}, but protnest comes from {home}"
+        raise pytest.UsageError(message)
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
