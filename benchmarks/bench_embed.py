@@ -17,20 +17,16 @@ from typing import Annotated
 import torch
 import typer
 from protnest.benchmarks.ceiling import copy_gbytes_per_s
-from protnest.benchmarks.comparison import Plan, compare
+from protnest.benchmarks.comparison import SHAPES, Plan, compare
 from protnest.benchmarks.parity import ParityError
 from protnest.benchmarks.peers import PEER_MODULES, is_installed
 from protnest.benchmarks.proteins import Proteins, make_up, sample_fasta
 from protnest.benchmarks.rows import ROOT, Row, append_rows, machine_facts
-from protnest.engine.config import PUBLISHED, EncoderConfig
 from protnest.engine.device import PRECISIONS, has_bf16
 from protnest.engine.errors import InputError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-
-SHAPES: dict[str, EncoderConfig] = {name.split("_")[2]: config for name, config in PUBLISHED.items()}
-"""The published architectures by their size alone: 8M, 35M, 150M, 650M, 3B, 15B."""
 
 LIBRARY = ROOT.parent / "shared" / "data" / "sequences" / "uniprot20k_mmseqs2_DB.fasta.gz"
 RESULTS = ROOT / "benchmarks" / "results" / "embed.jsonl"
@@ -38,6 +34,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "embed.jsonl"
 # Of the sequences, the share on which parity is checked and budgets are tried.
 _TRIED_SHARE = 0.3
 _QUICK_SEQUENCES, _QUICK_PAIRS = 40, 3
+_PRINTED_COLUMNS = 140
 _CPU = torch.device("cpu")
 
 
@@ -68,23 +65,22 @@ def _proteins(fasta: Path | None, count: int, seed: int) -> Proteins:
 
 def _table(rows: Sequence[Row]) -> Table:
     table = Table(title="residues/s, mean-pooled embeddings")
-    for column in ("shape", "engine", "budget"):
+    for column in ("shape", "engine", "tokens a batch"):
         table.add_column(column)
-    for column in ("median", "min to max", "ours faster by", "min to max", "GFLOP/s", "% of ceiling", "peak growth"):
+    for column in ("residues/s (min to max)", "ours is faster by", "GFLOP/s", "of ceiling", "peak growth"):
         table.add_column(column, justify="right")
     for row in rows:
-        faster = row["ours_times_faster_median"]
-        grown = row["peak_growth_bytes"]
+        faster, grown = row["ours_times_faster_median"], row["peak_growth_bytes"]
+        slowest, fastest = row["residues_per_s_min"], row["residues_per_s_max"]
+        low, high = row["ours_times_faster_min"], row["ours_times_faster_max"]
         table.add_row(
             row["shape"],
             f"{row['engine']} {row['precision']}",
-            "one by one" if row["budget_tokens"] == 1 else str(row["budget_tokens"]),
-            f"{row['residues_per_s_median']:,.0f}",
-            f"{row['residues_per_s_min']:,.0f} to {row['residues_per_s_max']:,.0f}",
-            "" if faster is None else f"{faster:.2f} x ({row['ours_precision']})",
-            "" if faster is None else f"{row['ours_times_faster_min']:.2f} to {row['ours_times_faster_max']:.2f}",
+            "one sequence" if row["budget_tokens"] == 1 else f"{row['budget_tokens']:,}",
+            f"{row['residues_per_s_median']:,.0f} ({slowest:,.0f} to {fastest:,.0f})",
+            "" if faster is None else f"{faster:.2f} ({low:.2f} to {high:.2f}) in {row['ours_precision']}",
             f"{row['gflops']:,.0f}",
-            f"{row['percent_of_ceiling']:.0f} of {row['ceiling_gflops']:,.0f}",
+            f"{row['percent_of_ceiling']:.0f} %",
             "" if grown is None else f"{grown / 1e6:,.0f} MB",
         )
     return table
@@ -175,7 +171,9 @@ def embed(
         console.print(f"[red]{error}[/red]", highlight=False)
         raise typer.Exit(1) from error
     append_rows(out, rows)
-    Console().print(_table(rows))
+    shown = Console()
+    # A file or a pipe has no width of its own: rich would fold the table to 80 columns.
+    (shown if shown.is_terminal else Console(width=_PRINTED_COLUMNS)).print(_table(rows))
     console.print(f"{len(rows)} rows appended to {out}")
 
 

@@ -1,7 +1,7 @@
 """Engines beside each other on one model shape: first green, then each one's best budget, then interleaved pairs.
 
 A machine that others use, or that slows down as it warms, makes rates drift by more than engines differ. So every peer
-is timed in turns with ours (peer, ours, peer, ours, ...), and the ratio is taken within each turn: drift hits both alike.
+is timed in turns with ours (peer, ours, peer, ours, ...), and the ratio is taken within each turn: drift hits both.
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ from protnest.benchmarks.parity import check_parity
 from protnest.benchmarks.peers import Engine, Lineup, Protnest, Vectors, build_lineup
 from protnest.benchmarks.proteins import first_tokens
 from protnest.benchmarks.rows import Row
-from protnest.engine.config import EncoderConfig
+from protnest.engine.config import PUBLISHED, EncoderConfig
 from protnest.engine.device import PRECISIONS
+
+SHAPES: dict[str, EncoderConfig] = {name.split("_")[2]: config for name, config in PUBLISHED.items()}
+"""The published architectures by their size alone: 8M, 35M, 150M, 650M, 3B, 15B."""
 
 # Fewest turns before a deadline may end a duel: a median of fewer says nothing.
 _LEAST_PAIRS = 3
@@ -51,14 +54,12 @@ class Pass(NamedTuple):
         residues: run, without special tokens.
         flops: that the sequences need without padding.
         error: largest error of a protein, see `parity`.
-        growth_bytes: memory at the peak beyond that at the start.
     """
 
     seconds: float
     residues: int
     flops: int
     error: float
-    growth_bytes: int | None
 
     @property
     def residues_per_s(self) -> float:
@@ -129,18 +130,16 @@ class _Course:
         Raises:
             ParityError: the first rows are not the reference's.
         """
-        memory = PeakMemory(self._plan.device)
         synchronise(self._plan.device)
         begin = time.perf_counter()
         vectors_BD = engine.embed(sequences, budget)
         synchronise(self._plan.device)
         seconds = time.perf_counter() - begin
-        growth_bytes = memory.growth_bytes()
         expected_BD = self._expected_BD[: len(sequences)]
         error = check_parity(engine.name, engine.precision, expected_BD, vectors_BD)
         self._after_pass(f"{engine.name} {engine.precision}")
         flops = forward_flops(self._config, [len(sequence) + 2 for sequence in sequences])
-        return Pass(seconds, sum(map(len, sequences)), flops, error, growth_bytes)
+        return Pass(seconds, sum(map(len, sequences)), flops, error)
 
     def check_all(self) -> None:
         """Every engine against the reference, alone and in batches, before anything is timed; it warms them up, too."""
@@ -148,16 +147,19 @@ class _Course:
             for budget in sorted({min(self._plan.budgets), max(self._plan.budgets)}):
                 self.run(engine, self._plan.sequences[: self._plan.checked], budget)
 
+    def _enough(self, budget: int) -> Sequence[str]:
+        """The first sequences, enough for full batches and for the check."""
+        least = self._plan.sequences[: self._plan.checked]
+        return max(least, first_tokens(self._plan.sequences, _BATCHES_TO_TRY * budget), key=len)
+
     def try_budgets(self, engine: Engine) -> dict[int, float]:
         """Residues/s at each budget, one pass each; budgets that do not fit into memory or time are left out."""
         rates: dict[int, float] = {}
         for budget in self._plan.budgets:
             if rates and self._plan.is_late():
                 break
-            least = self._plan.sequences[: self._plan.checked]
-            enough = first_tokens(self._plan.sequences, _BATCHES_TO_TRY * budget)
             try:
-                done = self.run(engine, max(least, enough, key=len), budget)
+                done = self.run(engine, self._enough(budget), budget)
             except torch.OutOfMemoryError:
                 torch.cuda.empty_cache()
                 continue
@@ -166,6 +168,12 @@ class _Course:
             message = f"{engine.name} {engine.precision}: none of the budgets {list(self._plan.budgets)} fits in memory"
             raise MemoryError(message)
         return rates
+
+    def watch_memory(self, engine: Engine, budget: int) -> int | None:
+        """Bytes at a pass's peak beyond what was held before it; watching costs time, so this is a pass of its own."""
+        memory = PeakMemory(self._plan.device)
+        self.run(engine, self._enough(budget), budget)
+        return memory.growth_bytes()
 
     def duel(self, peer: Engine, rivals: Sequence[Engine], rates: dict[Engine, dict[int, float]]) -> list[list[Pass]]:
         """Passes of the peer and of each rival, each at its best budget; one of each in every turn."""
@@ -189,7 +197,7 @@ def best(rates: dict[int, float]) -> int:
 def passes_planned(lineup: Lineup, plan: Plan) -> int:
     """How many passes `compare` makes at most."""
     checks = len({min(plan.budgets), max(plan.budgets)})
-    each = len(lineup.engines) * (checks + len(plan.budgets))
+    each = len(lineup.engines) * (checks + len(plan.budgets) + 1)
     return each + plan.pairs * (sum(1 + len(lineup.rivals(peer)) for peer in lineup.peers) or len(lineup.ours))
 
 
@@ -221,6 +229,7 @@ def compare(
     precisions = sorted({engine.precision for engine in lineup.engines})
     before = {name: _ceiling(config, plan, name) for name in precisions}
     rates: dict[Engine, dict[int, float]] = {engine: course.try_budgets(engine) for engine in lineup.engines}
+    grown = {engine: course.watch_memory(engine, best(rates[engine])) for engine in lineup.engines}
     ours: dict[Protnest, list[Pass]] = {engine: [] for engine in lineup.ours}
     met: list[tuple[Engine, Protnest, list[Pass], list[Pass]]] = []
     for peer in lineup.peers:
@@ -234,14 +243,13 @@ def compare(
             passes += course.duel(engine, (), rates)[0]
     # Whatever shares the machine can only lower a ceiling: the higher of two measurements is nearer to it.
     ceilings = {name: max(before[name], _ceiling(config, plan, name)) for name in precisions}
-    rows = [
-        {"shape": shape, **_engine_row(engine, passes, rates[engine], ceilings), **_no_rival()}
-        for engine, passes in ours.items()
-    ]
-    rows += [
-        {"shape": shape, **_engine_row(peer, theirs, rates[peer], ceilings), **_rival_row(rival, theirs, passes)}
-        for peer, rival, theirs, passes in met
-    ]
+
+    def describe(engine: Engine, passes: Sequence[Pass]) -> Row:
+        about = _engine_row(engine, passes, rates[engine], ceilings[engine.precision])
+        return {"shape": shape, **about, "peak_growth_bytes": grown[engine]}
+
+    rows = [describe(engine, passes) | _no_rival() for engine, passes in ours.items()]
+    rows += [describe(peer, theirs) | _rival_row(rival, theirs, passes) for peer, rival, theirs, passes in met]
     return rows
 
 
@@ -249,11 +257,9 @@ def _ceiling(config: EncoderConfig, plan: Plan, precision: str) -> float:
     return gemm_gflops(config, PRECISIONS[precision], plan.device, rows=plan.ceiling_rows)
 
 
-def _engine_row(engine: Engine, passes: Sequence[Pass], rates: dict[int, float], ceilings: dict[str, float]) -> Row:
+def _engine_row(engine: Engine, passes: Sequence[Pass], rates: dict[int, float], ceiling: float) -> Row:
     rate = spread([done.residues_per_s for done in passes])
     gflops = statistics.median(done.gflops for done in passes)
-    grown = [done.growth_bytes for done in passes if done.growth_bytes is not None]
-    ceiling = ceilings[engine.precision]
     return {
         "engine": engine.name,
         "precision": engine.precision,
@@ -267,7 +273,6 @@ def _engine_row(engine: Engine, passes: Sequence[Pass], rates: dict[int, float],
         "gflops": round(gflops, 2),
         "ceiling_gflops": round(ceiling, 1),
         "percent_of_ceiling": round(100 * gflops / ceiling, 1),
-        "peak_growth_bytes": max(grown, default=None),
         "parity_error": max(done.error for done in passes),
     }
 

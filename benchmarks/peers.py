@@ -187,11 +187,10 @@ def _random_transformers(config: EncoderConfig, *, seed: int) -> nn.Module:
     return model.eval()
 
 
-def _random_fair_esm(config: EncoderConfig, *, seed: int) -> nn.Module:
+def _fair_esm(config: EncoderConfig) -> nn.Module:
     from esm.model.esm2 import ESM2
 
     model: nn.Module = ESM2(num_layers=config.layers, embed_dim=config.width, attention_heads=config.heads)
-    scatter_weights(model, seed=seed)
     return model.eval()
 
 
@@ -288,8 +287,10 @@ def build_lineup(
         adopted.append(from_transformers(theirs))
         others += [Transformers(theirs, precision=precision, device=device) for precision in precisions]
     if FAIR_ESM in wanted:
-        model: Any = _random_fair_esm(config, seed=seed)
-        if theirs is not None:
+        model: Any = _fair_esm(config)
+        if theirs is None:
+            scatter_weights(model, seed=seed)
+        else:
             _copy_to_fair_esm(theirs, model, config.layers)
         adopted.append(from_fair_esm(model, model.alphabet))
         reference = FairEsm(model, device=device)

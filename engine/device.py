@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import platform
-
 import torch
 
+from ..kernels.hardware import multiplies_bf16
 from .errors import InputError
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -43,16 +42,6 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
     return resolved
 
 
-def has_bf16(device: torch.device) -> bool:
-    """Whether the hardware multiplies bf16 matrices itself; elsewhere bf16 runs, but slower than fp32."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    capabilities = torch.cpu.get_capabilities()
-    if platform.machine().lower() in ("arm64", "aarch64"):
-        return bool(capabilities.get("arm_bf16") or capabilities.get("bf16"))
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-
-
 def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
     """The dtype of a precision by name; `auto` is bf16 where the hardware has it, else fp32.
 
@@ -60,7 +49,7 @@ def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
         InputError: the name is unknown, or fp16 was asked for on a CPU.
     """
     if precision == "auto":
-        return torch.bfloat16 if has_bf16(device) else torch.float32
+        return torch.bfloat16 if multiplies_bf16(device) else torch.float32
     if precision not in PRECISIONS:
         message = f"precision is {precision!r}; allowed: {', '.join(PRECISION_NAMES)}"
         raise InputError(message)

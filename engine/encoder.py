@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..kernels.linear import linear
 from ..kernels.rotary import apply_rotary, rotary_table
 from ..kernels.varlen_attention import varlen_attention
 from .alphabet import MASK_ID, TOKENS
@@ -44,17 +45,22 @@ class _Turn(NamedTuple):
     sin: torch.Tensor
 
 
+class _Linear(nn.Linear):
+    def forward(self, x_NI: torch.Tensor) -> torch.Tensor:
+        return linear(x_NI, self.weight, self.bias)
+
+
 class _Layer(nn.Module):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         D, eps = config.width, config.layer_norm_eps
         self.heads = config.heads
         self.attention_norm = nn.LayerNorm(D, eps=eps)
-        self.qkv = nn.Linear(D, 3 * D)
-        self.out = nn.Linear(D, D)
+        self.qkv = _Linear(D, 3 * D)
+        self.out = _Linear(D, D)
         self.feedforward_norm = nn.LayerNorm(D, eps=eps)
-        self.fc1 = nn.Linear(D, config.feedforward)
-        self.fc2 = nn.Linear(config.feedforward, D)
+        self.fc1 = _Linear(D, config.feedforward)
+        self.fc2 = _Linear(config.feedforward, D)
 
     def forward(self, x_TD: torch.Tensor, batch: PackedBatch, turn: _Turn) -> torch.Tensor:
         T, D = x_TD.shape
@@ -74,12 +80,12 @@ class LanguageModelHead(nn.Module):
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        self.dense = nn.Linear(config.width, config.width)
+        self.dense = _Linear(config.width, config.width)
         self.norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
         self.bias = nn.Parameter(torch.zeros(len(TOKENS)))
 
     def forward(self, hidden_ND: torch.Tensor, embedding_VD: torch.Tensor) -> torch.Tensor:
-        return F.linear(self.norm(F.gelu(self.dense(hidden_ND))), embedding_VD, self.bias)
+        return linear(self.norm(F.gelu(self.dense(hidden_ND))), embedding_VD, self.bias)
 
 
 class Encoder(nn.Module):

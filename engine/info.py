@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from ..kernels import extension
+from ..kernels.hardware import multiplies_bf16
 from .config import BUNDLED, PUBLISHED
-from .device import has_bf16, precision_name, resolve_device, resolve_precision
+from .device import precision_name, resolve_device, resolve_precision
 
 _PACKAGES = ("protnest", "torch", "numpy", "safetensors", "pyarrow", "dnaio")
 
@@ -37,7 +38,7 @@ def describe() -> dict[str, dict[str, Any]]:
     return {
         "versions": versions(),
         "machine": {
-            "processor": torch.cpu.get_capabilities().get("cpu_name") or platform.processor(),
+            "processor": platform.processor() or platform.machine(),
             "vector instructions": torch.backends.cpu.get_cpu_capability(),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "torch threads": torch.get_num_threads(),
@@ -46,7 +47,9 @@ def describe() -> dict[str, dict[str, Any]]:
             "device": str(device),
             "GPU": _gpu(),
             "precision auto": precision_name(resolve_precision("auto", device)),
-            "bf16": "in hardware" if has_bf16(device) else "runs, but this hardware emulates it: fp32 is faster",
+            "bf16": "in hardware"
+            if multiplies_bf16(device)
+            else "no units for it here: it runs in fp32 units and is no faster than fp32",
         },
         "kernels": {
             "C++ extension": "loaded" if reason is None else f"absent, Python twins run instead: {reason}",

@@ -5,8 +5,9 @@
 Implementations:
     reference  softmax written out per sequence, in the inputs' dtype (fp64 gives the gold of the tests).
     sdpa       torch's scaled_dot_product_attention per sequence: no padding, memory linear in length. Best on CPUs
-               today, and the way for fp32 on a GPU. Its overhead is some 20 us per sequence.
-    varlen     torch.nn.attention.varlen, one launch for the whole batch. CUDA, fp16 and bf16, compute capability >= 8.0.
+               today, and the way for fp32 on a GPU. Its overhead is some 20 us per sequence. bf16 on a CPU without bf16
+               units is widened to fp32 first (see `linear`).
+    varlen     torch.nn.attention.varlen, one launch for the whole batch. CUDA, fp16, bf16, compute capability >= 8.0.
 
 Shapes: T tokens, B sequences, H heads, K head width.
 """
@@ -20,6 +21,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
+
+from .linear import needs_widening
 
 _logger = logging.getLogger(__name__)
 _explained: set[str] = set()
@@ -49,6 +52,9 @@ def _sdpa(
     cu_seqlens: torch.Tensor,
     lengths_B: Sequence[int],
 ) -> torch.Tensor:
+    if needs_widening(q_THK):
+        wide = (x.float() for x in (q_THK, k_THK, v_THK))
+        return _sdpa(*wide, cu_seqlens, lengths_B).to(q_THK.dtype)
     lengths = list(lengths_B)
     by_sequence = zip(*(x.transpose(0, 1)[None].split(lengths, dim=2) for x in (q_THK, k_THK, v_THK)), strict=True)
     outputs = [F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1) for q, k, v in by_sequence]

@@ -327,6 +327,12 @@ def test_bad_letter(tmp_path: Path, letter: str, shown: str, chunk_bytes: int) -
     assert masked_rejects == []
 
 
+@pytest.mark.parametrize(("lines", "line", "residue"), [("J\nMK", 2, 1), ("MJ\nMK", 2, 2), ("MK\nJM", 3, 3)])
+def test_bad_letter_at_the_edges_of_a_line(tmp_path: Path, lines: str, line: int, residue: int) -> None:
+    error = failure(write(tmp_path, f">a\n{lines}\n"))
+    assert error.problem.startswith(f"on line {line}, 'J' at residue {residue} ")
+
+
 def test_bytes_that_are_not_utf8_in_a_sequence(tmp_path: Path) -> None:
     path = write(tmp_path, b">a\nMK\xe9V\xffL\n")
     assert place(failure(path)) == (1, 1, "a")
