@@ -22,8 +22,9 @@ from protnest.benchmarks.parity import ParityError
 from protnest.benchmarks.peers import PEER_MODULES, is_installed
 from protnest.benchmarks.proteins import Proteins, make_up, sample_fasta
 from protnest.benchmarks.rows import ROOT, Row, append_rows, machine_facts
-from protnest.engine.device import PRECISIONS, has_bf16
+from protnest.engine.device import PRECISIONS
 from protnest.engine.errors import InputError
+from protnest.kernels.hardware import multiplies_bf16
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -145,7 +146,7 @@ def embed(
     )
     if absent := [name for name in PEER_MODULES if not is_installed(name)]:
         console.print(f"[yellow]not installed, left out: {', '.join(absent)}[/yellow]")
-    if "bf16" in wanted and not has_bf16(_CPU):
+    if "bf16" in wanted and not multiplies_bf16(_CPU):
         console.print("[yellow]this CPU has no bf16 of its own: expect bf16 to be slower than fp32[/yellow]")
     plan = Plan(
         sequences=proteins.sequences,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from protnest.engine.device import has_bf16
+from protnest.kernels.hardware import multiplies_bf16
 
 Row = dict[str, Any]
 
@@ -82,7 +82,7 @@ def machine_facts(device: torch.device, *, commit: str | None = None) -> Row:
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "bf16_in_hardware": has_bf16(device),
+        "bf16_in_hardware": multiplies_bf16(device),
         "python": platform.python_version(),
         **{package.replace("-", "_"): _version(package) for package in _PACKAGES},
     }

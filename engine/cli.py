@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from click import Command, Context
 from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
@@ -32,11 +31,12 @@ _console = Console(stderr=True, soft_wrap=True)
 class _LazyGroup(TyperGroup):
     """Adds the commands of other packages, and turns failures that a user can mend into a message and exit code 1."""
 
-    def list_commands(self, ctx: Context) -> list[str]:
+    # typer moved click inside itself: `Any` is what its contexts and commands have in common over its releases.
+    def list_commands(self, ctx: Any) -> list[str]:
         mounted = {entry.name for entry in importlib.metadata.entry_points(group=_ENTRY_POINTS)}
         return sorted({*super().list_commands(ctx), *mounted})
 
-    def get_command(self, ctx: Context, cmd_name: str) -> Command | None:
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
         own = super().get_command(ctx, cmd_name)
         found = importlib.metadata.entry_points(group=_ENTRY_POINTS, name=cmd_name)
         if own is not None or not found:
@@ -46,7 +46,7 @@ class _LazyGroup(TyperGroup):
         app.command(name=cmd_name)(entry.load())
         return typer.main.get_command(app)
 
-    def invoke(self, ctx: Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except InputError as error:

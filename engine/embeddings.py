@@ -58,7 +58,8 @@ class ShardedArray:
             raise IndexError(message)
         if rows.ndim == 0:
             row = int(rows) % len(self)
-            return self._range(row, row + 1)[0]
+            only: Rows = self._range(row, row + 1)[0]
+            return only
         return self._rows(rows % max(1, len(self)))
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> Rows:
@@ -89,7 +90,7 @@ class ShardedArray:
 
 def _open(file: Path) -> Any:
     try:
-        return safe_open(file, framework="np").__enter__()
+        return safe_open(file, framework="np")
     except (SafetensorError, OSError) as error:
         message = f"not a readable shard ({error})"
         raise InputError(message, file=file) from error

@@ -72,7 +72,8 @@ class _Layer(nn.Module):
             qk_THK[:, :H], qk_THK[:, H:], qkv_THK[:, 2 * H :], batch.cu_seqlens, batch.lengths_B
         )
         x_TD = x_TD + self.out(attended_THK.reshape(T, D))
-        return x_TD + self.fc2(F.gelu(self.fc1(self.feedforward_norm(x_TD))))
+        y_TD: torch.Tensor = x_TD + self.fc2(F.gelu(self.fc1(self.feedforward_norm(x_TD))))
+        return y_TD
 
 
 class LanguageModelHead(nn.Module):
@@ -85,7 +86,8 @@ class LanguageModelHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(len(TOKENS)))
 
     def forward(self, hidden_ND: torch.Tensor, embedding_VD: torch.Tensor) -> torch.Tensor:
-        return linear(self.norm(F.gelu(self.dense(hidden_ND))), embedding_VD, self.bias)
+        hidden_ND = self.norm(F.gelu(self.dense(hidden_ND)))
+        return linear(hidden_ND, embedding_VD, self.bias)
 
 
 class Encoder(nn.Module):

@@ -107,6 +107,7 @@ def read_fasta(
     *,
     invalid: InvalidPolicy = "error",
     on_reject: Callable[[Reject], None] | None = None,
+    quiet: bool = False,
 ) -> Iterator[Record]:
     """Yield the proteins of a FASTA file, plain or .gz, in order.
 
@@ -119,6 +120,7 @@ def read_fasta(
             "mask" puts X for each and flags the record "masked". Empty sequences and headers without an id, with a NUL
             or not in UTF-8 raise under "error" and are rejects under both others.
         on_reject: called with each reject, in order. Without it their number is logged at the end.
+        quiet: log nothing, for a file that was read before.
 
     Raises:
         ValueError: at the call, if `invalid` is unknown.
@@ -127,7 +129,7 @@ def read_fasta(
             record's header, where a record is at fault), the record and its id.
     """
     _check_policy(invalid)
-    return _read(Path(path), invalid, on_reject)
+    return _read(Path(path), invalid, on_reject, quiet)
 
 
 def clean_sequence(sequence: str, invalid: InvalidPolicy = "error") -> str:
@@ -173,7 +175,9 @@ def _check_policy(invalid: str) -> None:
         raise ValueError(message)
 
 
-def _read(path: Path, invalid: InvalidPolicy, on_reject: Callable[[Reject], None] | None) -> Iterator[Record]:
+def _read(
+    path: Path, invalid: InvalidPolicy, on_reject: Callable[[Reject], None] | None, quiet: bool
+) -> Iterator[Record]:
     index, rejects = -1, 0
     with _open(path) as stream:
         for index, (name, sequence) in enumerate(_entries(path, stream)):
@@ -190,9 +194,9 @@ def _read(path: Path, invalid: InvalidPolicy, on_reject: Callable[[Reject], None
     if index < 0:
         problem = "holds no records" + (", only lines that start with '#'" if stream.comments else "")
         raise InputError(problem, file=path)
-    if stream.comments:
+    if stream.comments and not quiet:
         _LOGGER.warning("%s: lines that start with '#', skipped as comments: %d", path, stream.comments)
-    if rejects and on_reject is None:
+    if rejects and on_reject is None and not quiet:
         _LOGGER.warning("%s: records left out as invalid: %d of %d", path, rejects, index + 1)
 
 

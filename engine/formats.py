@@ -118,7 +118,7 @@ def _write_pt(embeddings: Embeddings, folder: Path) -> Path:
         seen[stem] += 1
         if seen[stem] > 1:
             stem = f"{stem}.{seen[stem]}"
-        content = {"label": name, key: {layer: torch.from_numpy(embeddings[row])}}
+        content: dict[str, object] = {"label": name, key: {layer: torch.from_numpy(embeddings[row])}}
 
         def save(path: Path, content: dict[str, object] = content) -> None:
             torch.save(content, path)

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import IO, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -124,7 +124,7 @@ class LibraryResult:
 
 
 def survey_library(
-    fasta: Path, embedder: Embedder, *, invalid: InvalidPolicy = "error", rejects: TextIO | None = None
+    fasta: Path, embedder: Embedder, *, invalid: InvalidPolicy = "error", rejects: IO[str] | None = None
 ) -> Survey:
     """Reads a library once: checks every record, counts, and lists what is left out as CSV rows in `rejects`.
 
@@ -164,7 +164,7 @@ def _work(record: Record, embedder: Embedder) -> int:
 
 def _too_long(fasta: Path, record: Record, limit: int) -> InputError:
     message = f"{len(record.sequence)} residues, but the model was trained on at most {limit}; --long says what to do"
-    line = locate_records(fasta, [record.index])[record.index]
+    line = locate_records(fasta, [record.index]).get(record.index)
     return InputError(message, file=fasta, line=line, record=record.index + 1, record_id=record.id)
 
 
@@ -206,6 +206,9 @@ def embed_library(
     Raises:
         InputError: the file is invalid; `out` holds another run, or is being written to.
     """
+    if fasta.exists() and not (fasta.is_file() or fasta.is_dir()):
+        message = "is a pipe or a device; a library is read twice, so it has to be a file"
+        raise InputError(message, file=fasta)
     options = options or LibraryOptions()
     progress = progress or _Silent()
     with tempfile.SpooledTemporaryFile(max_size=1 << 20, mode="w+", newline="", encoding="utf-8") as rejects:
@@ -260,7 +263,7 @@ def _fill(
     max_residues = SHARD_RESIDUES
     if embedder.pool == "residue":
         max_residues = min(max_residues, max(1, _SHARD_BYTES // (4 * width)))
-    records = read_fasta(fasta, invalid=options.invalid)
+    records = read_fasta(fasta, invalid=options.invalid, quiet=True)
     embedded = residues = done = 0
     counts: Counter[str] = Counter()
     started = False

@@ -26,23 +26,28 @@ def check_pool(pool: str) -> None:
         raise ValueError(message)
 
 
+def _blank_specials(values_TD: torch.Tensor, cu_seqlens: torch.Tensor, value: float) -> None:
+    values_TD[cu_seqlens[:-1].long()] = value
+    values_TD[cu_seqlens[1:].long() - 1] = value
+
+
 def pool_sum(hidden_TD: torch.Tensor, weights_T: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
-    """Weighted sum over each sequence's tokens, fp32 (B, D).
+    """Weighted sum over each sequence's residues, fp32 (B, D).
 
     Args:
         hidden_TD: any floating dtype.
-        weights_T: float32; 1 / L on residues gives the mean, 0 leaves `<cls>` and `<eos>` out.
+        weights_T: float32; 1 / L gives the mean. `<cls>` and `<eos>` are left out, whatever their weight or value.
         cu_seqlens: int32 (B + 1,).
     """
     weighted_TD = hidden_TD.float() * weights_T[:, None]
+    _blank_specials(weighted_TD, cu_seqlens, 0.0)
     return torch.segment_reduce(weighted_TD, "sum", offsets=cu_seqlens.long(), axis=0)
 
 
 def pool_max(hidden_TD: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
     """Largest value of each channel over each sequence's residues, fp32 (B, D)."""
     residues_TD = hidden_TD.float().clone()
-    residues_TD[cu_seqlens[:-1].long()] = -torch.inf
-    residues_TD[cu_seqlens[1:].long() - 1] = -torch.inf
+    _blank_specials(residues_TD, cu_seqlens, -torch.inf)
     return torch.segment_reduce(residues_TD, "max", offsets=cu_seqlens.long(), axis=0)
 
 

@@ -21,7 +21,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 import numpy.typing as npt
 import pyarrow as pa
@@ -204,7 +204,7 @@ class StoreWriter:
         self.shards[number] = Shard(number, len(records), path.stat().st_size)
         self._write_run()
 
-    def write_rejects(self, rejects: TextIO) -> None:
+    def write_rejects(self, rejects: IO[str]) -> None:
         """Writes the CSV text of `rejects` as the store's list of records left out."""
 
         def copy(temporary: Path) -> None:

@@ -39,7 +39,7 @@ def varlen_attention_reference(
 ) -> torch.Tensor:
     """`varlen_attention` written out, one sequence at a time; materialises (H, L, L) scores."""
     outputs = [v_THK[:0]]
-    for q_LHK, k_LHK, v_LHK in zip(*(x.split(list(lengths_B)) for x in (q_THK, k_THK, v_THK)), strict=True):
+    for q_LHK, k_LHK, v_LHK in zip(*(torch.split(x, list(lengths_B)) for x in (q_THK, k_THK, v_THK)), strict=True):
         scores_HLL = torch.einsum("qhk,lhk->hql", q_LHK, k_LHK) / math.sqrt(q_LHK.shape[-1])
         outputs.append(torch.einsum("hql,lhk->qhk", scores_HLL.softmax(dim=-1), v_LHK))
     return torch.cat(outputs)
@@ -53,10 +53,10 @@ def _sdpa(
     lengths_B: Sequence[int],
 ) -> torch.Tensor:
     if needs_widening(q_THK):
-        wide = (x.float() for x in (q_THK, k_THK, v_THK))
-        return _sdpa(*wide, cu_seqlens, lengths_B).to(q_THK.dtype)
-    lengths = list(lengths_B)
-    by_sequence = zip(*(x.transpose(0, 1)[None].split(lengths, dim=2) for x in (q_THK, k_THK, v_THK)), strict=True)
+        return _sdpa(q_THK.float(), k_THK.float(), v_THK.float(), cu_seqlens, lengths_B).to(q_THK.dtype)
+    by_sequence = zip(
+        *(torch.split(x.transpose(0, 1)[None], list(lengths_B), dim=2) for x in (q_THK, k_THK, v_THK)), strict=True
+    )
     outputs = [F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1) for q, k, v in by_sequence]
     return torch.cat([*outputs, v_THK[:0]]) if len(outputs) != 1 else outputs[0]
 
@@ -71,7 +71,8 @@ def _varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     longest = max(lengths_B, default=0)
-    out: torch.Tensor = varlen_attn(q_THK, k_THK, v_THK, cu_seqlens, cu_seqlens, longest, longest)
+    out = varlen_attn(q_THK, k_THK, v_THK, cu_seqlens, cu_seqlens, longest, longest)
+    assert isinstance(out, torch.Tensor)  # a tuple only where more than the output is asked for
     return out
 
 

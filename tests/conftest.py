@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import protnest.engine
 import pytest
 import torch
-
-import protnest.engine
 
 
 def pytest_configure(config: pytest.Config) -> None:
