@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -226,8 +226,8 @@ def compare(
     lineup = build_lineup(config, seed=plan.seed, precisions=plan.precisions, device=plan.device, peers=plan.peers)
     course = _Course(config, lineup, plan, begun(passes_planned(lineup, plan)))
     course.check_all()
-    precisions = sorted({engine.precision for engine in lineup.engines})
-    before = {name: _ceiling(config, plan, name) for name in precisions}
+    precisions = {engine.precision for engine in lineup.engines}
+    before = _gemm_gflops(config, plan, precisions)
     rates: dict[Engine, dict[int, float]] = {engine: course.try_budgets(engine) for engine in lineup.engines}
     grown = {engine: course.watch_memory(engine, best(rates[engine])) for engine in lineup.engines}
     ours: dict[Protnest, list[Pass]] = {engine: [] for engine in lineup.ours}
@@ -242,10 +242,10 @@ def compare(
         if not passes:
             passes += course.duel(engine, (), rates)[0]
     # Whatever shares the machine can only lower a ceiling: the higher of two measurements is nearer to it.
-    ceilings = {name: max(before[name], _ceiling(config, plan, name)) for name in precisions}
+    gemm = {name: max(before[name], rate) for name, rate in _gemm_gflops(config, plan, precisions).items()}
 
     def describe(engine: Engine, passes: Sequence[Pass]) -> Row:
-        about = _engine_row(engine, passes, rates[engine], ceilings[engine.precision])
+        about = _engine_row(engine, passes, rates[engine], gemm)
         return {"shape": shape, **about, "peak_growth_bytes": grown[engine]}
 
     rows = [describe(engine, passes) | _no_rival() for engine, passes in ours.items()]
@@ -253,11 +253,16 @@ def compare(
     return rows
 
 
-def _ceiling(config: EncoderConfig, plan: Plan, precision: str) -> float:
-    return gemm_gflops(config, PRECISIONS[precision], plan.device, rows=plan.ceiling_rows)
+def _gemm_gflops(config: EncoderConfig, plan: Plan, precisions: Collection[str]) -> dict[str, float]:
+    return {
+        name: gemm_gflops(config, PRECISIONS[name], plan.device, rows=plan.ceiling_rows)
+        for name in sorted({*precisions, "fp32"})
+    }
 
 
-def _engine_row(engine: Engine, passes: Sequence[Pass], rates: dict[int, float], ceiling: float) -> Row:
+def _engine_row(engine: Engine, passes: Sequence[Pass], rates: dict[int, float], gemm: dict[str, float]) -> Row:
+    # 16-bit numbers can always be widened and multiplied in fp32, which some CPUs do faster.
+    ceiling = max(gemm[engine.precision], gemm["fp32"])
     rate = spread([done.residues_per_s for done in passes])
     gflops = statistics.median(done.gflops for done in passes)
     return {
@@ -271,6 +276,7 @@ def _engine_row(engine: Engine, passes: Sequence[Pass], rates: dict[int, float],
         "residues_per_s_min": round(rate.low, 1),
         "residues_per_s_max": round(rate.high, 1),
         "gflops": round(gflops, 2),
+        "gemm_gflops": round(gemm[engine.precision], 1),
         "ceiling_gflops": round(ceiling, 1),
         "percent_of_ceiling": round(100 * gflops / ceiling, 1),
         "parity_error": max(done.error for done in passes),

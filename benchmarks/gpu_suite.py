@@ -144,7 +144,14 @@ def _outputs(encoder: Encoder, batch: PackedBatch) -> dict[str, torch.Tensor]:
     return {name: tensor.to("cpu", torch.float64) for name, tensor in outputs.items()}
 
 
-def parity_rows(shape: str, config: EncoderConfig, precisions: Sequence[str], device: torch.device) -> list[Row]:
+def parity_rows(
+    shape: str,
+    config: EncoderConfig,
+    precisions: Sequence[str],
+    device: torch.device,
+    *,
+    lengths: Sequence[int] = MIXED_LENGTHS,
+) -> list[Row]:
     """The encoder on a device against fp64 on the CPU, masked tokens and mixed lengths included.
 
     The error of a token is the norm of the difference over the norm of what is right. It is bounded by twice what the
@@ -154,7 +161,7 @@ def parity_rows(shape: str, config: EncoderConfig, precisions: Sequence[str], de
         A row for each precision and output; `ok` where the largest error is within the bound.
     """
     encoder = random_encoder(config, seed=0)
-    batch = mixed_batch(seed=1)
+    batch = mixed_batch(seed=1, lengths=lengths)
     gold = _outputs(copy.deepcopy(encoder).double(), batch)
     rows: list[Row] = []
     for precision in precisions:

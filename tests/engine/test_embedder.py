@@ -274,7 +274,7 @@ def test_progress_adds_up_to_the_residues_run(pool: str, long: str) -> None:
     assert all(0 < residues <= 50 or long == "full" for residues in reports)
 
 
-def test_batches_keep_to_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_keep_to_the_budget() -> None:
     encoder = copy.deepcopy(_encoder())
     tokens: list[int] = []
     encoder.register_forward_pre_hook(lambda module, given: tokens.append(given[0].tokens_T.numel()))

@@ -6,6 +6,7 @@ hundredfold in scale, and queries and keys large enough for attention to be far 
 
 from __future__ import annotations
 
+import argparse
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -81,3 +82,32 @@ def in_fp64(model: Any) -> Iterator[Any]:
 
     with mock.patch.object(esm.multihead_attention, "utils_softmax", softmax):
         yield twin
+
+
+def fair_esm_content(model: Any, **settings: object) -> dict[str, Any]:
+    """What a published `.pt` file holds for this model; `settings` replace those of its `cfg`."""
+    stated = {
+        "encoder_layers": model.num_layers,
+        "encoder_embed_dim": model.embed_dim,
+        "encoder_attention_heads": model.attention_heads,
+        "token_dropout": model.token_dropout,
+    }
+    tensors = {
+        ("encoder." if name.startswith("lm_head.") else "encoder.sentence_encoder.") + name: tensor
+        for name, tensor in model.state_dict().items()
+        # The contact head's weights are published in a file of their own.
+        if not name.startswith("contact_head.")
+    }
+    return {"cfg": {"model": argparse.Namespace(**(stated | settings))}, "model": tensors}
+
+
+def assert_same_encoder(got: Encoder, wanted: Encoder) -> None:
+    """Same architecture, same parameters bit for bit, same fingerprint."""
+    assert got.config == wanted.config
+    state, expected = got.state_dict(), wanted.state_dict()
+    assert state.keys() == expected.keys()
+    for name, tensor in state.items():
+        assert tensor.dtype == expected[name].dtype, name
+        assert torch.equal(tensor, expected[name]), name
+    assert got.fingerprint is not None
+    assert got.fingerprint == wanted.fingerprint

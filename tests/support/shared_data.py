@@ -1,4 +1,4 @@
-"""Where the workplace's shared data lie; a test that needs what is not there skips and names it."""
+"""Where the shared data lie; a test that needs what is not there skips and names it."""
 
 from __future__ import annotations
 
