@@ -46,7 +46,7 @@ class Survey:
         beyond: proteins beyond the model's length.
         work: residues that will be run, those of overlapping windows counted as often as they run.
         rejected: records left out.
-        fingerprint: hash of all headers and sequences.
+        fingerprint: hash of places, headers and sequences of the proteins to embed.
     """
 
     records: int = 0
@@ -59,15 +59,15 @@ class Survey:
 
 
 class Progress(Protocol):
-    """What follows a run: `start` once, then `advance` with the residues of each batch."""
+    """What follows a run: `start` once, with all residues to run and those done before; `advance` after each batch."""
 
-    def start(self, survey: Survey, done_residues: int) -> None: ...
+    def start(self, records: int, work: int, done: int) -> None: ...
 
     def advance(self, residues: int) -> None: ...
 
 
 class _Silent:
-    def start(self, survey: Survey, done_residues: int) -> None:
+    def start(self, records: int, work: int, done: int) -> None:
         pass
 
     def advance(self, residues: int) -> None:
@@ -154,7 +154,7 @@ def survey_library(
         residues += length
         longest = max(longest, length)
         work += _work(record, embedder)
-        digest.update(f">{record.header}\n{record.sequence}\n".encode("utf-8", "surrogateescape"))
+        digest.update(f"{record.index}>{record.header}\n{record.sequence}\n".encode("utf-8", "surrogateescape"))
     return Survey(records, residues, longest, beyond, work, rejected, digest.hexdigest())
 
 
@@ -221,7 +221,7 @@ def embed_library(
         with StoreWriter(out, settings, details={**source, **(details or {})}, overwrite=overwrite) as store:
             resumed = sum(shard.rows for shard in store.shards.values())
             if store.complete:
-                progress.start(survey, survey.work)
+                progress.start(survey.records, survey.work, survey.work)
                 return LibraryResult(survey, resumed=resumed, duplicates=store.count_duplicates())
             rejects.seek(0)
             store.write_rejects(rejects)
@@ -274,11 +274,15 @@ def _fill(
             done += sum(_work(record, embedder) for record in shard)
             continue
         if not started:
-            progress.start(survey, done)
+            # A job that embeds every N-th shard has about an N-th of the work.
+            jobs = options.shard[1]
+            progress.start(survey.records // jobs, survey.work // jobs, done)
             started = True
         vectors = embedder.embed_clean([record.sequence for record in shard], after_batch=progress.advance)
         flags = [_flags(record, embedder) for record in shard]
-        store.add(number, shard, flags, _arrays(vectors, options.storage_dtype))
+        arrays = _arrays(vectors, options.storage_dtype)
+        _check_finite(fasta, shard, arrays["embeddings"])
+        store.add(number, shard, flags, arrays)
         embedded += len(shard)
         residues += sum(len(record.sequence) for record in shard)
         counts.update(itertools.chain.from_iterable(flags))
@@ -298,3 +302,13 @@ def _arrays(vectors: Vectors | list[Vectors], storage_dtype: str) -> dict[str, n
         return {"embeddings": vectors.astype(dtype, copy=False)}
     offsets = np.cumsum([0, *(len(rows) for rows in vectors)], dtype=np.int64)
     return {"embeddings": np.concatenate(vectors).astype(dtype, copy=False), "offsets": offsets}
+
+
+def _check_finite(fasta: Path, shard: list[Record], embeddings: npt.NDArray[Any]) -> None:
+    if np.isfinite(embeddings).all():
+        return
+    message = (
+        f"embeddings between the records {shard[0].index + 1} ({shard[0].id}) and {shard[-1].index + 1} "
+        f"({shard[-1].id}) are not finite: fp16 ends at 65,504; take --precision bf16 or fp32, --storage-dtype fp32"
+    )
+    raise InputError(message, file=fasta)

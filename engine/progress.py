@@ -8,8 +8,6 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from .library import Survey
-
 
 class EmbedProgress:
     """Follows `embed_library` on a terminal; elsewhere it only keeps the time.
@@ -43,11 +41,11 @@ class EmbedProgress:
         self.seconds = time.perf_counter() - self._started
         self._bar.stop()
 
-    def start(self, survey: Survey, done_residues: int) -> None:
-        """The library is known: `done_residues` of its work are done already."""
+    def start(self, records: int, work: int, done: int) -> None:
+        """The library is known: so many records, so many residues to run, and so many of these done already."""
         self._started = time.perf_counter()
-        description = f"embedding {survey.records:,} sequences"
-        self._bar.update(self._task, description=description, total=survey.work, completed=done_residues)
+        description = f"embedding {records:,} sequences"
+        self._bar.update(self._task, description=description, total=work, completed=done)
 
     def advance(self, residues: int) -> None:
         """A batch of so many residues is done."""

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from protnest.benchmarks import peers
-from protnest.benchmarks.parity import check_parity
+from protnest.benchmarks.parity import ALLOWED, check_parity
 from protnest.benchmarks.peers import FAIR_ESM, TRANSFORMERS, Lineup, build_lineup, sorted_batches
 from protnest.engine.config import EncoderConfig
 
@@ -38,11 +38,11 @@ def test_all_engines_agree_whatever_the_batches(lineup: Lineup) -> None:
 
 
 def test_weights_hide_nothing(lineup: Lineup) -> None:
-    """Proteins differ, and so do a protein and itself with two residues exchanged: attention and positions count."""
+    """Proteins differ, and so do a protein and itself with two residues exchanged, a thousand times what fp32 may err."""
     first, turned, other = lineup.reference.embed(["MKTAYIAKQR", "KMTAYIAKQR", "GSHMLEDPWV"], 1)
     norm = np.linalg.norm(first)
     assert np.linalg.norm(first - other) > 0.2 * norm
-    assert np.linalg.norm(first - turned) > 0.02 * norm
+    assert np.linalg.norm(first - turned) > 1000 * ALLOWED["fp32"] * norm
 
 
 def test_rotary_frequencies_of_transformers_stay_fp32(lineup: Lineup) -> None:

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from protnest.engine import Embedder, InputError, embed_library, load_model, read_embeddings
 from protnest.engine.fasta import read_fasta
-from protnest.engine.library import LibraryOptions, Survey, cut_shards, survey_library
+from protnest.engine.library import LibraryOptions, cut_shards, survey_library
 from protnest.engine.store import SCHEMA_VERSION, StoreWriter, write_atomically
 
 from support.tiny import random_proteins, save_tiny_model, write_fasta
@@ -43,7 +43,7 @@ class _StopAfter:
     def __init__(self, batches: int) -> None:
         self.left = batches
 
-    def start(self, survey: Survey, done_residues: int) -> None:
+    def start(self, records: int, work: int, done: int) -> None:
         pass
 
     def advance(self, residues: int) -> None:
@@ -302,6 +302,20 @@ def test_half_precision_storage(tmp_path: Path, embedder: Embedder) -> None:
     assert half.dtype == np.float16
     full = np.asarray(read_embeddings(tmp_path / "full").array)
     assert np.array_equal(np.asarray(half), full.astype(np.float16))
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+def test_overflow_is_an_error_and_not_an_infinity(
+    tmp_path: Path, embedder: Embedder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fasta = write_fasta(tmp_path / "in.fasta", random_proteins(3))
+    huge = np.full((3, 32), 1e6, dtype=np.float32)
+    monkeypatch.setattr(embedder, "embed_clean", lambda sequences, after_batch: huge)
+    with pytest.raises(InputError, match=r"records 1 \(protein0\) and 3 \(protein2\) are not finite"):
+        embed_library(fasta, tmp_path / "out", embedder, LibraryOptions(storage_dtype="fp16"))
+    with pytest.raises(InputError, match="is not finished"):
+        read_embeddings(tmp_path / "out")
+    assert embed_library(fasta, tmp_path / "wide", embedder).embedded == 3
 
 
 def test_cut_shards_by_records_and_residues(tmp_path: Path) -> None:
