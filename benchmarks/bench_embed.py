@@ -9,7 +9,6 @@ code 1. See `benchmarks/README.md` for the method and for what each key of a row
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -179,4 +178,4 @@ def embed(
 
 
 if __name__ == "__main__":
-    sys.exit(typer.run(embed))
+    typer.run(embed)

@@ -229,7 +229,9 @@ def compare(
     precisions = {engine.precision for engine in lineup.engines}
     before = _gemm_gflops(config, plan, precisions)
     rates: dict[Engine, dict[int, float]] = {engine: course.try_budgets(engine) for engine in lineup.engines}
-    grown = {engine: course.watch_memory(engine, best(rates[engine])) for engine in lineup.engines}
+    grown: dict[Engine, int | None] = {
+        engine: course.watch_memory(engine, best(rates[engine])) for engine in lineup.engines
+    }
     ours: dict[Protnest, list[Pass]] = {engine: [] for engine in lineup.ours}
     met: list[tuple[Engine, Protnest, list[Pass], list[Pass]]] = []
     for peer in lineup.peers:

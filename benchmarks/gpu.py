@@ -57,7 +57,7 @@ def _sections(options: argparse.Namespace, begin: float, device: Any) -> list[tu
     from protnest.benchmarks.gpu_suite import SMALL_SHAPES, parity_rows, run_tests, throughput_rows
     from protnest.benchmarks.rows import ROOT
 
-    end = begin + 60 * options.minutes - _RESERVE_SECONDS
+    end: float = begin + 60 * options.minutes - _RESERVE_SECONDS
 
     def left() -> float:
         seconds = end - time.perf_counter()

@@ -129,7 +129,7 @@ def mixed_batch(*, seed: int, lengths: Sequence[int] = MIXED_LENGTHS) -> PackedB
 
 def split_batch(batch: PackedBatch) -> Iterator[PackedBatch]:
     """Each sequence of a batch as a batch of its own."""
-    for tokens in batch.tokens_T.split(list(batch.lengths_B)):
+    for tokens in torch.split(batch.tokens_T, list(batch.lengths_B)):
         assert tokens[0] == BOS_ID
         assert tokens[-1] == EOS_ID
         yield pack_tokens(tokens.numpy().astype(np.uint8), np.array([0, tokens.numel()]))

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .alphabet import TOKENS
+from .atomic import write_atomically
 from .config import EncoderConfig, config_from_huggingface, config_to_huggingface
 from .encoder import Encoder
 from .errors import InputError
@@ -222,7 +223,12 @@ def save_checkpoint(encoder: Encoder, folder: Path, *, dtype: torch.dtype = torc
         for part, rows in zip(parts, state[own].detach().to("cpu", dtype).chunk(len(parts)), strict=True):
             prefix = "" if part.startswith("lm_head.") else "esm."
             tensors[prefix + part] = rows.clone()
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     settings = config_to_huggingface(encoder.config, dtype=str(dtype).removeprefix("torch."))
-    (folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-    (folder / "vocab.txt").write_text("\n".join(TOKENS) + "\n", encoding="utf-8")
+    texts = {"config.json": json.dumps(settings, indent=1), "vocab.txt": "\n".join(TOKENS)}
+
+    def save_tensors(path: Path) -> None:
+        save_file(tensors, path, metadata={"format": "pt"})
+
+    for name, text in texts.items():
+        (folder / name).write_text(text + "\n", encoding="utf-8")
+    write_atomically(folder / "model.safetensors", save_tensors)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,7 @@ from .device import precision_name
 from .encoder import Encoder
 from .errors import InputError
 from .fasta import clean_sequence
-from .packing import pack
+from .packing import pack, refuse_one_string
 from .pooling import PooledRows, ResidueRows, check_pool
 from .windows import Piece, check_policy, cut
 
@@ -87,10 +88,15 @@ class Embedder:
             float32 (B, D), or with pool="residue" a list of B arrays float32 (L, D), in the order of `sequences`.
 
         Raises:
+            TypeError: `sequences` is a plain string, or holds something else than strings.
             InputError: a sequence is empty, holds a letter outside the alphabet, or is too long with long="error".
         """
-        cleaned = []
-        for row, sequence in enumerate(sequences):
+        refuse_one_string(sequences)
+        cleaned: list[str] = []
+        for row, sequence in enumerate(cast("Sequence[object]", sequences)):
+            if not isinstance(sequence, str):
+                message = f"sequence {row} is {sequence!r:.60}, expected a string"
+                raise TypeError(message)
             try:
                 cleaned.append(clean_sequence(sequence))
             except InputError as error:
@@ -102,6 +108,7 @@ class Embedder:
         self, sequences: Sequence[str], *, after_batch: Callable[[int], None] | None = None
     ) -> Vectors | list[Vectors]:
         """`embed` for sequences that hold letters of the alphabet only, as `read_fasta` gives them."""
+        refuse_one_string(sequences)
         pieces: list[Piece] = []
         for row, sequence in enumerate(sequences):
             try:

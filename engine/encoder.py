@@ -192,6 +192,7 @@ class Encoder(nn.Module):
         All sequences run as one batch; `Embedder` cuts many into batches.
 
         Raises:
+            TypeError: `sequences` is a plain string.
             ValueError: a letter is outside the alphabet.
         """
         batch = pack(sequences)

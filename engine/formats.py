@@ -19,9 +19,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from .atomic import write_atomically
 from .embeddings import Embeddings
 from .errors import InputError
-from .store import write_atomically
 
 FORMATS = ("safetensors", "parquet", "h5", "npy", "pt")
 _ROWS_AT_ONCE = 4096

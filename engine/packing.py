@@ -47,6 +47,13 @@ class PackedBatch:
         )
 
 
+def refuse_one_string(sequences: Sequence[str]) -> None:
+    """Raises TypeError for a plain string, which would be taken for a list of one-letter proteins."""
+    if isinstance(sequences, str):
+        message = "sequences is one string; pass a list of sequences, also for a single one"
+        raise TypeError(message)
+
+
 def pack(sequences: Sequence[str], index_B: npt.NDArray[np.int64] | None = None) -> PackedBatch:
     """Packs sequences of residues into one batch on the CPU, each with its own `<cls>` and `<eos>`.
 
@@ -55,8 +62,10 @@ def pack(sequences: Sequence[str], index_B: npt.NDArray[np.int64] | None = None)
         index_B: int64 (B,), the caller's numbers of them; 0 to B - 1 by default.
 
     Raises:
+        TypeError: `sequences` is a plain string.
         ValueError: a letter is outside the alphabet.
     """
+    refuse_one_string(sequences)
     tokens, cu_seqlens = tokenise(
         [sequence.encode("ascii", "replace") for sequence in sequences], RESIDUE_TABLE, bos=BOS_ID, eos=EOS_ID
     )

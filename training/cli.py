@@ -16,7 +16,7 @@ def pretrain(
     batch_tokens: Annotated[int, typer.Option(help="Most tokens in a batch.", min=16)] = 2048,
     learning_rate: Annotated[float, typer.Option(help="Its peak.")] = 2e-3,
     warmup_steps: Annotated[int, typer.Option(help="Steps until the peak.", min=0)] = 200,
-    seed: Annotated[int, typer.Option(help="Of weights, order, crops and masks.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of weights, order, crops and masks.", min=0)] = 0,
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     json_output: Annotated[bool, typer.Option("--json", help="Print the report as JSON on standard output.")] = False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,6 +36,13 @@ class Corpus:
 
     def __getitem__(self, index: int) -> Tokens:
         return self.tokens_T[self.cu_seqlens[index] : self.cu_seqlens[index + 1]]
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hash of all tokens and where each sequence begins."""
+        digest = hashlib.blake2b(self.tokens_T.tobytes(), digest_size=16)
+        digest.update(self.cu_seqlens.astype("<i8").tobytes())
+        return digest.hexdigest()
 
     @property
     def lengths_B(self) -> npt.NDArray[np.int64]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
+import pickle
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -20,6 +20,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
+from ..engine.atomic import write_atomically
 from ..engine.checkpoint import save_checkpoint
 from ..engine.config import BUNDLED
 from ..engine.device import precision_name, resolve_device, resolve_precision
@@ -28,6 +29,7 @@ from ..engine.errors import InputError
 from ..engine.packing import PackedBatch, pack_tokens
 from .corpus import Corpus, crop, iterate_batches, read_corpus
 from .masking import mask_tokens
+from .perplexity import held_out_perplexity, unigram_perplexity
 
 STATE_VERSION = 1
 
@@ -60,8 +62,12 @@ class PretrainConfig:
             message = f"preset is {self.preset!r}; allowed: {', '.join(BUNDLED)}"
             raise InputError(message)
         for name in ("steps", "batch_tokens", "learning_rate"):
-            if not getattr(self, name) > 0:
+            if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
                 message = f"{name} must be positive, got {getattr(self, name)}"
+                raise InputError(message)
+        for name in ("warmup_steps", "weight_decay", "seed"):
+            if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
+                message = f"{name} must not be negative, got {getattr(self, name)}"
                 raise InputError(message)
         if self.precision not in ("fp32", "bf16"):
             message = f"precision is {self.precision!r}; training runs in fp32 or bf16"
@@ -104,41 +110,6 @@ def training_batch(
     )
 
 
-@torch.inference_mode()
-def held_out_perplexity(encoder: Encoder, corpus: Corpus, *, sequences: int, batch_tokens: int = 8192) -> float:
-    """Perplexity per masked residue: exp of the mean negative log-likelihood, over the first `sequences` held out.
-
-    15 % of each sequence's residues are shown as `<mask>`, the same ones in every call.
-    """
-    lengths = np.minimum(corpus.lengths_B[:sequences], encoder.config.max_residues + 2)
-    total, count = 0.0, 0
-    begin = 0
-    while begin < lengths.size:
-        end = begin + max(1, int(np.searchsorted(np.cumsum(lengths[begin:]), batch_tokens, side="right")))
-        for_crop, for_masks = np.random.default_rng((7, begin)), np.random.default_rng((8, begin))
-        pieces = [
-            crop(corpus[index], encoder.config.max_residues, for_crop) for index in range(begin, min(end, lengths.size))
-        ]
-        tokens_T = np.concatenate(pieces)
-        shown_T, rows = mask_tokens(tokens_T, for_masks, swaps=False)
-        batch = pack_tokens(shown_T, np.cumsum([0, *(piece.size for piece in pieces)]))
-        logits_RV = encoder.logits(encoder(batch).hidden_TD[torch.from_numpy(rows).to(encoder.device)])
-        labels = torch.from_numpy(tokens_T[rows].astype(np.int64)).to(encoder.device)
-        total += float(F.cross_entropy(logits_RV.float(), labels, reduction="sum"))
-        count += rows.size
-        begin = end
-    return math.exp(total / count)
-
-
-def unigram_perplexity(train: Corpus, held_out: Corpus) -> float:
-    """Perplexity of held-out residues under the training share's frequencies: what a model that knows no more gives."""
-    counts = np.bincount(train.tokens_T, minlength=33).astype(np.float64)
-    judged = np.bincount(held_out.tokens_T, minlength=33).astype(np.float64)
-    counts[:3] = judged[:3] = 0  # <cls>, <pad>, <eos> are no residues
-    counts += 1e-9
-    return float(np.exp(-(judged * np.log(counts / counts.sum())).sum() / judged.sum()))
-
-
 class Pretraining:
     """One run: a model, its optimiser, and where it stands.
 
@@ -168,7 +139,7 @@ class Pretraining:
         """Trains from `self.step` to `until` (all steps by default), calling `after_step(step, loss)` after each.
 
         Raises:
-            InputError: the loss is no longer finite; the weights of the last checkpoint are untouched.
+            InputError: loss or gradient is no longer finite; neither weights nor the last checkpoint are touched.
         """
         until = self.config.steps if until is None else until
         lengths = np.minimum(self.corpus.lengths_B, self.encoder.config.max_residues + 2)
@@ -176,11 +147,6 @@ class Pretraining:
         self.encoder.train()
         while self.step < until:
             loss = self._step(next(batches))
-            if not math.isfinite(loss):
-                message = (
-                    f"the loss is {loss} at step {self.step}: try a learning rate below {self.config.learning_rate}"
-                )
-                raise InputError(message)
             self.step += 1
             after_step(self.step, loss)
 
@@ -197,44 +163,47 @@ class Pretraining:
         loss = F.cross_entropy(logits_RV.float(), labels.to(self.device))
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(self.encoder.parameters(), 1.0)
-        result = loss.item()
-        if math.isfinite(result):
-            self.optimiser.step()
-        return result
+        norm = torch.nn.utils.clip_grad_norm_(self.encoder.parameters(), 1.0)
+        for name, value in (("loss", loss.item()), ("gradient's norm", norm.item())):
+            if not math.isfinite(value):
+                message = (
+                    f"the {name} is {value} at step {self.step}: try a learning rate below {self.config.learning_rate}"
+                )
+                raise InputError(message)
+        self.optimiser.step()
+        return loss.item()
 
     def save(self, path: Path) -> None:
         """Writes the state so that a crash leaves either the old file or the new one."""
-        temporary = path.with_suffix(".tmp")
-        with temporary.open("wb") as file:
-            torch.save(
-                {
-                    "version": STATE_VERSION,
-                    "config": asdict(self.config),
-                    "step": self.step,
-                    "encoder": self.encoder.state_dict(),
-                    "optimiser": self.optimiser.state_dict(),
-                },
-                file,
-            )
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        state = {
+            "version": STATE_VERSION,
+            "config": self._identity(),
+            "step": self.step,
+            "encoder": self.encoder.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+        }
+        write_atomically(path, lambda temporary: torch.save(state, temporary))
+
+    def _identity(self) -> dict[str, Any]:
+        return {**asdict(self.config), "data": self.corpus.fingerprint}
 
     def load(self, path: Path) -> None:
         """Goes on from a saved state.
 
         Raises:
-            InputError: the state is of another configuration or schema version.
+            InputError: the state is unreadable, or of another configuration, corpus or schema version.
         """
-        state: dict[str, Any] = torch.load(path, map_location=self.device, weights_only=True)
-        if state.get("version") != STATE_VERSION:
-            message = f"state has schema version {state.get('version')}, this release reads {STATE_VERSION}"
+        try:
+            state: dict[str, Any] = torch.load(path, map_location=self.device, weights_only=True)
+            version, theirs = state["version"], state["config"]
+        except (OSError, EOFError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
+            message = f"not a readable training state ({str(error).splitlines()[0] if str(error) else 'it is empty'})"
+            raise InputError(message, file=path) from error
+        if version != STATE_VERSION:
+            message = f"state has schema version {version}, this release reads {STATE_VERSION}"
             raise InputError(message, file=path)
-        ours = asdict(self.config)
-        if changed := [
-            f"{key} {state['config'].get(key)} -> {ours[key]}" for key in ours if state["config"].get(key) != ours[key]
-        ]:
+        ours = self._identity()
+        if changed := [f"{key} {theirs.get(key)} -> {ours[key]}" for key in ours if theirs.get(key) != ours[key]]:
             message = f"the run there has other settings: {', '.join(changed)}"
             raise InputError(message, file=path)
         self.encoder.load_state_dict(state["encoder"], strict=True)

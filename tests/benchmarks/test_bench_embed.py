@@ -85,9 +85,6 @@ def test_errors_are_named(run: Any, options: list[str], code: int, message: str)
     assert message in plain
 
 
-@pytest.mark.skipif(
-    not (ROOT / "benchmarks" / "bench_embed.py").is_file(), reason="no checkout, but an installed wheel"
-)
 @pytest.mark.parametrize("script", ["bench_embed.py", "gpu.py"])
 def test_scripts_run_by_path_from_the_checkout(script: str) -> None:
     """Also without PYTHONSAFEPATH: then sys.path begins with benchmarks/."""

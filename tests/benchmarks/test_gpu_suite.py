@@ -42,7 +42,7 @@ def test_other(): assert False
 def test_mixed_batch_holds_masks_and_lengths() -> None:
     batch = mixed_batch(seed=0, lengths=MIXED_LENGTHS)
     assert batch.lengths_B == tuple(length + 2 for length in MIXED_LENGTHS)
-    masks = [int((tokens == MASK_ID).sum()) for tokens in batch.tokens_T.split(list(batch.lengths_B))]
+    masks = [int((tokens == MASK_ID).sum()) for tokens in torch.split(batch.tokens_T, list(batch.lengths_B))]
     assert masks[1] == MIXED_LENGTHS[1]
     assert masks[0::2] == [0, 0, 0, 0]
     assert 0 < masks[5] < MIXED_LENGTHS[5] // 2

@@ -38,7 +38,7 @@ def test_all_engines_agree_whatever_the_batches(lineup: Lineup) -> None:
 
 
 def test_weights_hide_nothing(lineup: Lineup) -> None:
-    """Proteins differ, and so do a protein and itself with two residues exchanged, a thousand times what fp32 may err."""
+    """Proteins differ; so do a protein and itself with two residues exchanged, by a thousand times fp32's errors."""
     first, turned, other = lineup.reference.embed(["MKTAYIAKQR", "KMTAYIAKQR", "GSHMLEDPWV"], 1)
     norm = np.linalg.norm(first)
     assert np.linalg.norm(first - other) > 0.2 * norm

@@ -1,17 +1,15 @@
-"""Devices and precisions by name, on machines with and without GPUs, of every kind of CPU."""
+"""Devices and precisions by name, on machines with and without GPUs."""
 
 from __future__ import annotations
-
-import platform
 
 import pytest
 import torch
 from protnest.engine import InputError
+from protnest.engine import device as device_file
 from protnest.engine.device import (
     DEVICE_NAMES,
     PRECISION_NAMES,
     PRECISIONS,
-    has_bf16,
     precision_name,
     resolve_device,
     resolve_precision,
@@ -25,11 +23,6 @@ def _gpus(monkeypatch: pytest.MonkeyPatch, count: int, *, current: int = 0) -> N
     monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
-
-
-def _cpu(monkeypatch: pytest.MonkeyPatch, machine: str, **capabilities: bool) -> None:
-    monkeypatch.setattr(platform, "machine", lambda: machine)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
 
 
 def test_names() -> None:
@@ -93,54 +86,18 @@ def test_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch, device: str | to
         resolve_device(device)
 
 
-# bf16
-
-
-@pytest.mark.parametrize(("capability", "expected"), [((7, 5), False), ((8, 0), True), ((8, 6), True), ((12, 0), True)])
-def test_has_bf16_on_a_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], expected: bool) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert has_bf16(GPU) is expected
-
-
-@pytest.mark.parametrize(
-    ("machine", "capabilities", "expected"),
-    [
-        ("x86_64", {}, False),
-        ("x86_64", {"avx512_f": True, "avx512_bf16": False, "amx_bf16": False}, False),
-        ("x86_64", {"avx512_bf16": True}, True),
-        ("AMD64", {"amx_bf16": True}, True),
-        # Names of the other architecture do not count.
-        ("x86_64", {"bf16": True, "arm_bf16": True}, False),
-        ("aarch64", {}, False),
-        ("aarch64", {"bf16": True}, True),
-        ("arm64", {"arm_bf16": True}, True),
-        ("ARM64", {"bf16": True}, True),
-        ("aarch64", {"avx512_bf16": True}, False),
-    ],
-)
-def test_has_bf16_on_a_cpu(
-    monkeypatch: pytest.MonkeyPatch, machine: str, capabilities: dict[str, bool], expected: bool
-) -> None:
-    _cpu(monkeypatch, machine, **capabilities)
-    assert has_bf16(CPU) is expected
-
-
-def test_has_bf16_here() -> None:
-    """torch knows the keys that are asked for, on this architecture at least."""
-    assert isinstance(has_bf16(CPU), bool)
-    if platform.machine().lower() in ("x86_64", "amd64"):
-        assert {"avx512_bf16", "amx_bf16"} <= torch.cpu.get_capabilities().keys()
-
-
 # Precisions
 
 
-@pytest.mark.parametrize(("bf16", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_auto_precision(monkeypatch: pytest.MonkeyPatch, bf16: bool, dtype: torch.dtype) -> None:
-    _cpu(monkeypatch, "x86_64", avx512_bf16=bf16)
-    assert resolve_precision("auto", CPU) == dtype
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0) if bf16 else (7, 0))
-    assert resolve_precision("auto", GPU) == dtype
+@pytest.mark.parametrize("device", [CPU, GPU], ids=str)
+@pytest.mark.parametrize(("multiplies", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_precision(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device, multiplies: bool, dtype: torch.dtype
+) -> None:
+    asked: list[torch.device] = []
+    monkeypatch.setattr(device_file, "multiplies_bf16", lambda device: asked.append(device) or multiplies)
+    assert resolve_precision("auto", device) == dtype
+    assert asked == [device]
 
 
 @pytest.mark.parametrize(

@@ -235,7 +235,6 @@ def test_bad_sequences_are_named_by_their_number(bad: str, problem: str) -> None
         Embedder(_encoder()).embed(["MKT", "ACD", bad, "MKT"])
 
 
-@pytest.mark.xfail(strict=True, reason="a plain str is taken for a list of one-letter proteins, without a word")
 @pytest.mark.parametrize("call", ["embed", "embed_clean", "encode"])
 def test_a_plain_string_is_refused(call: str) -> None:
     method = _encoder().encode if call == "encode" else getattr(Embedder(_encoder()), call)
@@ -243,7 +242,6 @@ def test_a_plain_string_is_refused(call: str) -> None:
         method("MKT")
 
 
-@pytest.mark.xfail(strict=True, raises=AttributeError, reason="fails inside clean_sequence, without the item's number")
 @pytest.mark.parametrize("item", [None, 5, b"MKT"])
 def test_items_that_are_no_strings_are_named(item: object) -> None:
     with pytest.raises((TypeError, ValueError), match="sequence"):

@@ -294,7 +294,7 @@ def test_from_fair_esm_in_fp64(model: Any) -> None:
 
 def test_from_fair_esm_with_another_alphabet(model: Any) -> None:
     other = type(ALPHABET).from_architecture("ESM-1")
-    with pytest.raises(InputError, match="old model: its alphabet is .*'<null_0>'.*, ESM-2's is "):
+    with pytest.raises(InputError, match=r"old model: its alphabet is .*'<null_0>'.*, ESM-2's is "):
         from_fair_esm(model, other, name="old model")
 
 

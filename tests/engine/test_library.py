@@ -16,9 +16,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from protnest.engine import Embedder, InputError, embed_library, load_model, read_embeddings
+from protnest.engine.atomic import write_atomically
 from protnest.engine.fasta import read_fasta
 from protnest.engine.library import LibraryOptions, cut_shards, survey_library
-from protnest.engine.store import SCHEMA_VERSION, StoreWriter, write_atomically
+from protnest.engine.store import SCHEMA_VERSION, StoreWriter
 
 from support.tiny import random_proteins, save_tiny_model, write_fasta
 

@@ -174,7 +174,6 @@ def test_max_and_residues_do_not_see_poisoned_specials(poison: float) -> None:
         np.testing.assert_array_equal(got, expected)
 
 
-@pytest.mark.xfail(strict=True, reason="0 * NaN is NaN: pool_sum multiplies <cls> and <eos> by 0 where it should drop them")
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 def test_mean_does_not_see_poisoned_specials(poison: float) -> None:
     batch = _packed(3)
@@ -255,7 +254,9 @@ def _batch(pieces: Sequence[Piece]) -> PackedBatch:
 
 def _gather(library: _Library, pool: str, seed: int) -> list[Floats]:
     gathered: PooledRows | ResidueRows
-    gathered = ResidueRows(library.width) if pool == "residue" else PooledRows(pool, len(library.lengths), library.width)
+    gathered = (
+        ResidueRows(library.width) if pool == "residue" else PooledRows(pool, len(library.lengths), library.width)
+    )
     for pieces, packed, hidden_TD in library.batches(seed):
         gathered.add(pieces, packed, hidden_TD)
     return list(gathered.result())

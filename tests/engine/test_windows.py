@@ -5,6 +5,7 @@ Truth is the contract written out once more in whole numbers. W residues in a wi
 
 from __future__ import annotations
 
+import itertools
 from fractions import Fraction
 
 import numpy as np
@@ -39,7 +40,7 @@ def _check_windows(pieces: list[Piece], residues: int, size: int) -> None:
     assert pieces[0].begin == 0
     assert pieces[-1].end == residues
     assert all(piece.end - piece.begin == size and piece.tokens == size + 2 for piece in pieces)
-    steps = [late.begin - early.begin for early, late in zip(pieces, pieces[1:], strict=False)]
+    steps = [late.begin - early.begin for early, late in itertools.pairwise(pieces)]
     assert steps
     assert all(step == max(1, size // 2) for step in steps[:-1])
     assert 0 < steps[-1] <= max(1, size // 2)
@@ -139,7 +140,7 @@ def test_one_piece_of_a_long_protein(long: str, run: int) -> None:
 
 
 def test_error_policy_names_both_lengths() -> None:
-    with pytest.raises(InputError, match="^21 residues, but the model was trained on at most 20$"):
+    with pytest.raises(InputError, match=r"^21 residues, but the model was trained on at most 20$"):
         cut(0, 21, max_residues=20, long="error")
 
 

@@ -103,4 +103,6 @@ def test_the_generator_decides_everything() -> None:
     np.testing.assert_array_equal(first[1], again[1])
     assert not np.array_equal(first[1], other[1])
     rng = np.random.default_rng(0)
-    assert not np.array_equal(mask_tokens(tokens_T, rng)[1], mask_tokens(tokens_T, rng)[1]), "the generator stands still"
+    assert not np.array_equal(mask_tokens(tokens_T, rng)[1], mask_tokens(tokens_T, rng)[1]), (
+        "the generator stands still"
+    )

@@ -1,0 +1,54 @@
+"""How well a model predicts hidden residues, and what knowing nothing but their frequencies gives."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ..engine.alphabet import RESIDUES, TOKEN_IDS
+from ..engine.encoder import Encoder
+from ..engine.packing import pack_tokens
+from ..kernels import plan_batches
+from .corpus import Corpus, crop
+from .masking import mask_tokens
+
+_CROP_SEED, _MASK_SEED = 7, 8
+
+
+@torch.inference_mode()
+def held_out_perplexity(encoder: Encoder, corpus: Corpus, *, sequences: int, batch_tokens: int = 4096) -> float:
+    """Perplexity per masked residue: exp of the mean negative log-likelihood, over the first `sequences` of a corpus.
+
+    15 % of each sequence's residues are shown as `<mask>`: the same ones in every call, whatever the batches.
+    """
+    shown, rows, labels = [], [], []
+    for index in range(min(sequences, len(corpus))):
+        tokens = crop(corpus[index], encoder.config.max_residues, np.random.default_rng((_CROP_SEED, index)))
+        masked, asked = mask_tokens(tokens, np.random.default_rng((_MASK_SEED, index)), swaps=False)
+        shown.append(masked)
+        rows.append(asked)
+        labels.append(tokens[asked].astype(np.int64))
+    order, offsets = plan_batches([tokens.size for tokens in shown], batch_tokens)
+    total = 0.0
+    for batch in np.split(order, offsets[1:-1]):
+        begins = np.cumsum([0, *(shown[index].size for index in batch)])
+        packed = pack_tokens(np.concatenate([shown[index] for index in batch]), begins)
+        asked = np.concatenate([rows[index] + begin for index, begin in zip(batch, begins[:-1], strict=True)])
+        hidden_RD = encoder(packed).hidden_TD[torch.from_numpy(asked).to(encoder.device)]
+        wanted = torch.from_numpy(np.concatenate([labels[index] for index in batch])).to(encoder.device)
+        total += F.cross_entropy(encoder.logits(hidden_RD).float(), wanted, reduction="sum").item()
+    mean = total / sum(asked.size for asked in rows)
+    return math.exp(mean) if mean < math.log(np.finfo(np.float64).max) else math.inf
+
+
+def unigram_perplexity(train: Corpus, held_out: Corpus) -> float:
+    """Perplexity of held-out residues under the training share's frequencies: what a model that knows no more gives."""
+    residues = [TOKEN_IDS[letter] for letter in RESIDUES]
+    counts = np.bincount(train.tokens_T, minlength=len(TOKEN_IDS))[residues].astype(np.float64)
+    judged = np.bincount(held_out.tokens_T, minlength=len(TOKEN_IDS))[residues].astype(np.float64)
+    # A letter that training never saw would make it infinite: it counts as seen a billionth of a time.
+    counts = np.maximum(counts, 1e-9)
+    return float(np.exp(-(judged * np.log(counts / counts.sum())).sum() / judged.sum()))
