@@ -118,6 +118,9 @@ def embed(
     budgets: Annotated[
         str, typer.Option(help="Tokens a batch to choose among; 1 is one sequence at a time.")
     ] = "1,1024,2048,4096",
+    pass_seconds: Annotated[
+        float, typer.Option(help="A pair runs as many of the proteins as the slower engine does in this time.")
+    ] = float("inf"),
     threads: Annotated[int | None, typer.Option(help="CPU threads; torch's own choice by default.", min=1)] = None,
     fasta: Annotated[
         Path | None, typer.Option(help="Proteins; by default those beside the checkout, else made up ones.")
@@ -155,6 +158,7 @@ def embed(
         checked=max(1, round(_TRIED_SHARE * sequences)),
         device=_CPU,
         ceiling_rows=(1024, 4096),
+        most_pass_seconds=pass_seconds,
         seed=seed,
     )
     facts = machine_facts(_CPU) | {

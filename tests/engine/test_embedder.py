@@ -98,7 +98,8 @@ def _literal_residues(sequence: str) -> npt.NDArray[np.float64]:
 def _literal(sequence: str, pool: str) -> npt.NDArray[np.float64]:
     if pool == "bos":
         with torch.inference_mode():
-            return _encoder()(pack([sequence[:W]])).hidden_TD[0].double().numpy()
+            first_D: torch.Tensor = _encoder()(pack([sequence[:W]])).hidden_TD[0]
+        return np.asarray(first_D, dtype=np.float64)
     residues_LD = _literal_residues(sequence)
     return residues_LD if pool == "residue" else residues_LD.mean(axis=0) if pool == "mean" else residues_LD.max(axis=0)
 
@@ -140,7 +141,8 @@ def test_nothing_in_nothing_out(pool: str) -> None:
         assert rows == []
     else:
         assert isinstance(rows, np.ndarray)
-        assert (rows.shape, rows.dtype) == ((0, D), np.float32)
+        assert rows.shape == (0, D)
+        assert rows.dtype == np.float32
     assert _encoder().encode([]) == []
 
 

@@ -185,7 +185,7 @@ def test_mean_does_not_see_poisoned_specials(poison: float) -> None:
 
 
 def _poisoned(hidden_TD: Floats, cu_seqlens: torch.Tensor, poison: float) -> Floats:
-    dirty = hidden_TD.copy()
+    dirty: Floats = hidden_TD.copy()
     dirty[cu_seqlens[:-1].numpy()] = poison
     dirty[cu_seqlens[1:].numpy() - 1] = poison
     return dirty
@@ -254,10 +254,8 @@ def _batch(pieces: Sequence[Piece]) -> PackedBatch:
 
 
 def _gather(library: _Library, pool: str, seed: int) -> list[Floats]:
-    gathered: PooledRows | ResidueRows
-    gathered = (
-        ResidueRows(library.width) if pool == "residue" else PooledRows(pool, len(library.lengths), library.width)
-    )
+    residues, pooled = ResidueRows(library.width), PooledRows(pool, len(library.lengths), library.width)
+    gathered = residues if pool == "residue" else pooled
     for pieces, packed, hidden_TD in library.batches(seed):
         gathered.add(pieces, packed, hidden_TD)
     return list(gathered.result())
@@ -327,8 +325,9 @@ def test_low_precision_hidden_states_give_fp32_rows(pool: str) -> None:
     library = _Library(lengths=(3, 20))
     gathered = PooledRows(pool, 2, library.width)
     for pieces, packed, hidden_TD in library.batches(0):
-        for piece, part in zip(pieces, hidden_TD.split(list(packed.lengths_B)), strict=True):
-            library.hidden[piece.row, piece.begin] = part.bfloat16().float().numpy()
+        rounded_TD = hidden_TD.bfloat16().float().numpy()
+        for piece, (begin, end) in zip(pieces, itertools.pairwise(packed.cu_seqlens.tolist()), strict=True):
+            library.hidden[piece.row, piece.begin] = rounded_TD[begin:end]
         gathered.add(pieces, packed, hidden_TD.bfloat16())
     rows_BD = gathered.result()
     assert rows_BD.dtype == np.float32

@@ -6,8 +6,8 @@ Every one must fail the very checks that the product passes. Shapes: B sequences
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from unittest import mock
 
 import numpy as np
@@ -45,8 +45,22 @@ def _adding(pool: str, broken: Add) -> Mutant:
     return lambda: mock.patch.object(PooledRows, "add", add)
 
 
-def _with_specials(pieces: Sequence[Piece]) -> Floats:
+@contextmanager
+def _specials_count() -> Iterator[None]:
     """<cls> and <eos> count as residues do."""
+    with (
+        mock.patch.object(pooling, "_mean_weights", _with_specials),
+        mock.patch.object(pooling, "pool_sum", _plain_sum),
+    ):
+        yield
+
+
+def _plain_sum(hidden_TD: torch.Tensor, weights_T: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    weighted_TD = hidden_TD.float() * weights_T[:, None]
+    return torch.segment_reduce(weighted_TD, "sum", offsets=cu_seqlens.long(), axis=0)
+
+
+def _with_specials(pieces: Sequence[Piece]) -> Floats:
     parts = []
     for piece in pieces:
         inner = _true_mean_weights([piece])[1:-1] * np.float32(piece.residues / (piece.residues + 2))
@@ -141,7 +155,7 @@ def _residues_from_bos(
 
 
 MUTANTS: dict[str, Mutant] = {
-    "mean counts cls and eos": _in_pooling("_mean_weights", _with_specials),
+    "mean counts cls and eos": _specials_count,
     "mean divides by tokens": _in_pooling("_mean_weights", _over_tokens),
     "mean divides by the window's residues": _in_pooling("_mean_weights", _over_the_piece),
     "mean counts overlaps twice": _in_pooling("_mean_weights", _blending_left_out),

@@ -16,7 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from protnest.engine import InputError
-from protnest.engine.alphabet import BOS_ID, EOS_ID, TOKENS
+from protnest.engine.alphabet import BOS_ID, EOS_ID, RESIDUE_TABLE, TOKENS
+from protnest.kernels import tokenise
 from protnest.training.corpus import Corpus, crop, epoch_batches, is_held_out, iterate_batches, read_corpus
 
 from support.tiny import random_proteins, write_fasta
@@ -73,6 +74,16 @@ def test_the_split_does_not_depend_on_order_or_repeats(tmp_path: Path) -> None:
     again = [set(_texts(corpus)) for corpus in read_corpus(write_fasta(tmp_path / "again.fasta", shuffled))]
     assert shares == again
     assert not shares[0] & shares[1], "a repeated sequence is trained on and judged by"
+
+
+def test_the_fingerprint_is_of_every_residue_and_their_order() -> None:
+    def fingerprint(*sequences: str) -> str:
+        return Corpus(*tokenise([s.encode() for s in sequences], RESIDUE_TABLE, bos=BOS_ID, eos=EOS_ID)).fingerprint
+
+    first = fingerprint("MKT", "ACD")
+    assert fingerprint("MKT", "ACD") == fingerprint("mkt", "ACD") == first
+    others = [fingerprint("ACD", "MKT"), fingerprint("MKT", "ACE"), fingerprint("MKT"), fingerprint("MKTACD")]
+    assert len({first, *others}) == 5
 
 
 def test_gzipped_files_are_read(tmp_path: Path) -> None:

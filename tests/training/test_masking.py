@@ -61,7 +61,8 @@ def test_only_asked_residues_change(swaps: bool) -> None:
     before_T = tokens_T.copy()
     shown_T, rows = mask_tokens(tokens_T, np.random.default_rng(3), swaps=swaps)
     np.testing.assert_array_equal(tokens_T, before_T)
-    assert (shown_T.dtype, rows.dtype) == (np.uint8, np.int64)
+    assert shown_T.dtype == np.uint8
+    assert rows.dtype == np.int64
     assert shown_T.shape == tokens_T.shape
     assert (np.diff(rows) > 0).all(), "rows are ascending, none twice"
     others = np.setdiff1d(np.arange(tokens_T.size), rows)
@@ -103,6 +104,4 @@ def test_the_generator_decides_everything() -> None:
     np.testing.assert_array_equal(first[1], again[1])
     assert not np.array_equal(first[1], other[1])
     rng = np.random.default_rng(0)
-    assert not np.array_equal(mask_tokens(tokens_T, rng)[1], mask_tokens(tokens_T, rng)[1]), (
-        "the generator stands still"
-    )
+    assert not np.array_equal(mask_tokens(tokens_T, rng)[1], mask_tokens(tokens_T, rng)[1])

@@ -6,6 +6,7 @@ Shapes: B sequences, T tokens, R rows asked for, D width, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import logging
 import math
@@ -22,19 +23,12 @@ import torch.nn.functional as F
 from protnest.engine import Encoder, InputError, load_model
 from protnest.engine.alphabet import AMINO_ACIDS, BOS_ID, EOS_ID, MASK_ID, RESIDUE_TABLE, TOKEN_IDS, TOKENS
 from protnest.engine.cli import app
-from protnest.engine.config import EncoderConfig
+from protnest.engine.config import BUNDLED, EncoderConfig
 from protnest.kernels import tokenise
 from protnest.training import pretrain as module
-from protnest.training.corpus import Corpus, is_held_out
-from protnest.training.pretrain import (
-    PretrainConfig,
-    Pretraining,
-    held_out_perplexity,
-    initialise,
-    pretrain,
-    training_batch,
-    unigram_perplexity,
-)
+from protnest.training.corpus import Corpus, is_held_out, iterate_batches
+from protnest.training.perplexity import held_out_perplexity, unigram_perplexity
+from protnest.training.pretrain import PretrainConfig, Pretraining, initialise, pretrain, training_batch
 from typer.testing import CliRunner
 
 from support.tiny import random_proteins, write_fasta
@@ -55,7 +49,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _toy_preset(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "BUNDLED", module.BUNDLED | {"toy": TOY})
+    monkeypatch.setattr(module, "BUNDLED", BUNDLED | {"toy": TOY})
 
 
 def _corpus(sequences: list[str]) -> Corpus:
@@ -64,7 +58,7 @@ def _corpus(sequences: list[str]) -> Corpus:
 
 def _config(**changes: Any) -> PretrainConfig:
     """Six steps of about five sequences; the small corpus below has four batches an epoch."""
-    settings = {"preset": "toy", "steps": 6, "batch_tokens": 100, "warmup_steps": 2} | changes
+    settings: dict[str, Any] = {"preset": "toy", "steps": 6, "batch_tokens": 100, "warmup_steps": 2} | changes
     return PretrainConfig(**settings)
 
 
@@ -158,6 +152,43 @@ def test_the_optimiser_follows_the_rate_and_spares_biases_and_norms() -> None:
     assert len(decayed["params"]) + len(spared["params"]) == len(list(run.encoder.parameters()))
 
 
+def test_steps_written_out() -> None:
+    """Cross-entropy of the rows asked for, gradients clipped to 1, AdamW with betas of 0.9 and 0.98."""
+    corpus, config = _corpus(_sequences()), _config()
+    run = Pretraining(config, corpus, device=CPU)
+    losses: list[float] = []
+    run.run(after_step=lambda step, loss: losses.append(loss))
+
+    encoder = _toy_encoder(config.seed)
+    ours = list(encoder.parameters())
+    moments = [(torch.zeros_like(parameter), torch.zeros_like(parameter)) for parameter in ours]
+    lengths = np.minimum(corpus.lengths_B, TOY.max_residues + 2)
+    batches = iterate_batches(lengths, config.batch_tokens, seed=config.seed, first_step=0)
+    norms = []
+    for step, index_B in enumerate(itertools.islice(batches, config.steps)):
+        rng = np.random.default_rng((config.seed, 1, step))
+        batch, rows_R, labels_R = training_batch(corpus, index_B, max_residues=TOY.max_residues, rng=rng)
+        loss = -encoder.logits(encoder(batch).hidden_TD)[rows_R].log_softmax(-1)[range(len(rows_R)), labels_R].mean()
+        assert losses[step] == pytest.approx(loss.item(), rel=1e-5)
+        gradients = torch.autograd.grad(loss, ours)
+        norms.append(math.sqrt(sum(float((gradient**2).sum()) for gradient in gradients)))
+        rate = config.learning_rate_at(step)
+        with torch.no_grad():
+            for parameter, gradient, (first, second) in zip(ours, gradients, moments, strict=True):
+                clipped = gradient / max(1.0, norms[-1])
+                first += 0.1 * (clipped - first)
+                second += 0.02 * (clipped**2 - second)
+                if parameter.dim() == 2:
+                    parameter -= rate * config.weight_decay * parameter
+                spread = (second / (1 - 0.98 ** (step + 1))).sqrt() + 1e-8
+                parameter -= rate * first / (1 - 0.9 ** (step + 1)) / spread
+    assert max(norms) > 1.5, "nothing was clipped"
+    trained = run.encoder.state_dict()
+    for name, parameter in encoder.named_parameters():
+        # A weight moves by up to the sum of the rates, 7e-3. Adam divides what is near 0 by itself: hence the slack.
+        torch.testing.assert_close(trained[name], parameter.detach(), rtol=0, atol=1e-5, msg=name)
+
+
 def test_fresh_weights_have_the_documented_spread() -> None:
     config = EncoderConfig(layers=8, width=64, heads=4, feedforward=256)
     encoder = Encoder(config)
@@ -168,11 +199,10 @@ def test_fresh_weights_have_the_documented_spread() -> None:
             assert (parameter == (1.0 if is_norm_weight else 0.0)).all(), name
             continue
         expected = parameter.shape[1] ** -0.5 / (4 if name.endswith(("out.weight", "fc2.weight")) else 1)
-        # Of n normal draws the spread is off by 1 / sqrt(2 n), the mean by 1 / sqrt(n).
-        assert float(parameter.detach().std()) == pytest.approx(expected, rel=5 / math.sqrt(2 * parameter.numel())), (
-            name
-        )
-        assert abs(float(parameter.detach().mean())) < 5 * expected / math.sqrt(parameter.numel()), name
+        # Of n normal draws the spread is off by 1 / sqrt(2 n) of itself, the mean by 1 / sqrt(n).
+        draws, off = parameter.detach(), 5 * parameter.numel() ** -0.5
+        assert float(draws.std()) == pytest.approx(expected, rel=off / math.sqrt(2)), name
+        assert abs(float(draws.mean())) < off * expected, name
 
 
 def test_fresh_weights_come_from_the_seed_alone() -> None:
@@ -274,10 +304,17 @@ def test_held_out_perplexity_shows_masks_alone_and_asks_for_15_percent(monkeypat
     """No residue that is asked for may be left visible, or swapped, as in training."""
     sequences = random_proteins(200, seed=6, longest=50)
     corpus = _corpus(sequences)
-    encoder, masks, asked = _toy_encoder(), [], []
-    encoder.register_forward_pre_hook(lambda _, given: masks.append(int((given[0].tokens_T == MASK_ID).sum())))
+    encoder = _toy_encoder()
     true_logits = encoder.logits
-    monkeypatch.setattr(encoder, "logits", lambda rows: asked.append(len(rows)) or true_logits(rows))
+    masks: list[int] = []
+    asked: list[int] = []
+
+    def logits(hidden_RD: torch.Tensor) -> torch.Tensor:
+        asked.append(len(hidden_RD))
+        return true_logits(hidden_RD)
+
+    encoder.register_forward_pre_hook(lambda _, given: masks.append(int((given[0].tokens_T == MASK_ID).sum())))
+    monkeypatch.setattr(encoder, "logits", logits)
     held_out_perplexity(encoder, corpus, sequences=200, batch_tokens=600)
     assert masks == asked
     assert len(masks) > 5
@@ -348,6 +385,20 @@ def _assert_log(out: Path, steps: int) -> None:
     assert all(0 < float(row[2]) < 20 for row in rows)
 
 
+@pytest.mark.xfail(strict=True, reason="json writes Infinity, which is no JSON: other readers refuse the file")
+def test_the_report_is_json_even_of_a_hopeless_model(
+    fasta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "held_out_perplexity", lambda *args, **options: math.inf)
+    pretrain(fasta, tmp_path / "out", _config(steps=1), device="cpu")
+
+    def refuse(word: str) -> None:
+        message = f"{word} is no JSON"
+        raise ValueError(message)
+
+    json.loads((tmp_path / "out" / "training.json").read_text(), parse_constant=refuse)
+
+
 def test_what_is_written_loads_as_a_model(fasta: Path, tmp_path: Path) -> None:
     pretrain(fasta, tmp_path / "out", _config(), device="cpu")
     loaded = load_model(tmp_path / "out", device="cpu", precision="fp32")
@@ -384,11 +435,8 @@ def test_the_seed_decides_the_weights(fasta: Path, tmp_path: Path) -> None:
         pretrain(fasta, tmp_path / name, _config(seed=seed), device="cpu")
     first, again, other = (_state(tmp_path / name) for name in ("first", "again", "other"))
     _assert_same_state(first, again)
-    assert all(
-        not torch.equal(tensor, other["encoder"][name])
-        for name, tensor in first["encoder"].items()
-        if tensor.dim() == 2
-    )
+    for name, tensor in first["encoder"].items():
+        assert not torch.equal(tensor, other["encoder"][name]), name
 
 
 @pytest.mark.parametrize("trained", ["order", "masks"])
@@ -424,10 +472,8 @@ def _assert_as_uninterrupted(out: Path, uninterrupted: Path) -> None:
     _assert_same_state(_state(out), _state(uninterrupted))
     assert (out / "model.safetensors").read_bytes() == (uninterrupted / "model.safetensors").read_bytes()
     _assert_log(out, 6)
-    losses, expected = (
-        [line.split(",")[2] for line in (folder / "log.csv").read_text().splitlines()]
-        for folder in (out, uninterrupted)
-    )
+    logs = [(folder / "log.csv").read_text().splitlines() for folder in (out, uninterrupted)]
+    losses, expected = ([line.split(",")[2] for line in log] for log in logs)
     assert losses == expected
     reports = [json.loads((folder / "training.json").read_text()) for folder in (out, uninterrupted)]
     for report in reports:
@@ -504,6 +550,30 @@ def test_a_kill_while_saving_leaves_the_state_before(
     assert not list(out.glob(".*.tmp"))
 
 
+@pytest.mark.xfail(
+    strict=True, reason="log.csv is emptied before its kept lines are written again: use write_atomically"
+)
+def test_a_kill_while_resuming_loses_no_lines_of_the_log(
+    fasta: Path, tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    _unfinished(fasta, out)
+    true_write = Path.write_text
+
+    def emptied(path: Path, *args: Any, **options: Any) -> int:
+        if "log.csv" not in path.name:
+            return true_write(path, *args, **options)
+        true_write(path, "")
+        raise _Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", emptied)
+        with pytest.raises(_Killed):
+            pretrain(fasta, out, _config(), device="cpu")
+    pretrain(fasta, out, _config(), device="cpu")
+    _assert_as_uninterrupted(out, uninterrupted)
+
+
 def test_a_finished_run_is_not_repeated(fasta: Path, tmp_path: Path, uninterrupted: Path) -> None:
     pretrain(fasta, tmp_path / "out", _config(), device="cpu")
     again: list[int] = []
@@ -547,7 +617,7 @@ def test_resuming_with_other_settings_is_refused(
     _unfinished(fasta, out)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     problem = re.escape(f"state.pt: the run there has other settings: {named}")
-    with pytest.raises(InputError, match=problem + "$"):
+    with pytest.raises(InputError, match=problem + "(, architecture .*)?$"):
         pretrain(fasta, out, _config(**changes), device="cpu")
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
@@ -557,6 +627,19 @@ def test_resuming_with_other_data_is_refused(fasta: Path, tmp_path: Path) -> Non
     other = write_fasta(tmp_path / "other.fasta", random_proteins(60, seed=77))
     with pytest.raises(InputError, match=r"state\.pt"):
         pretrain(other, tmp_path / "out", _config(), device="cpu")
+
+
+@pytest.mark.parametrize("architecture", [{"feedforward": 48}, {"heads": 1}, {"max_residues": 10}])
+@pytest.mark.xfail(
+    strict=True, reason="the state names its preset and not what that was: RuntimeError, or nothing at all"
+)
+def test_resuming_another_architecture_of_the_same_name_is_refused(
+    fasta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: dict[str, int]
+) -> None:
+    _unfinished(fasta, tmp_path / "out")
+    monkeypatch.setattr(module, "BUNDLED", {"toy": dataclasses.replace(TOY, **architecture)})  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"state\.pt"):
+        pretrain(fasta, tmp_path / "out", _config(), device="cpu")
 
 
 def test_a_state_of_another_release_is_refused(fasta: Path, tmp_path: Path) -> None:
@@ -607,7 +690,7 @@ def test_a_learning_rate_beyond_reason_ends_the_run(fasta: Path, tmp_path: Path)
 
 def test_gradients_that_are_no_numbers_never_reach_the_weights() -> None:
     run = Pretraining(_config(), _corpus(_sequences()), device=CPU)
-    run.encoder.final_norm.bias.register_hook(lambda grad: grad * math.inf)
+    run.encoder.final_norm.bias.register_hook(lambda grad: grad * math.inf)  # type: ignore[no-untyped-call]
     with pytest.raises(InputError, match="gradient"):
         run.run(after_step=lambda step, loss: None, until=1)
     assert all(parameter.isfinite().all() for parameter in run.encoder.parameters())
