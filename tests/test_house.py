@@ -105,9 +105,11 @@ def test_readme_map_names_every_file() -> None:
     folder = ""
     for line in mapped[1].splitlines():
         name = line.split()[0]
-        if name.endswith("/"):
-            folder = name if not line.startswith(" ") else folder.split("/")[0] + "/" + name
-        listed.add(folder if name.endswith("/") else (folder if line.startswith(" ") else "") + name)
+        if line.startswith(" "):
+            listed.add(folder + name)
+        else:
+            folder = name if name.endswith("/") else ""
+            listed.add(name)
     wanted = {name for name in _git_files() if name.endswith((".py", ".cpp", ".hpp")) and not name.startswith("tests/")}
     wanted = {name for name in wanted if not name.endswith("__init__.py")}
     assert not wanted - listed, f"missing in the README's map: {sorted(wanted - listed)}"

@@ -52,7 +52,8 @@ def _without_head(encoder: Encoder) -> Encoder:
 
 
 def _tensors(folder: Path) -> Tensors:
-    return load_file(folder / "model.safetensors")
+    tensors: Tensors = load_file(folder / "model.safetensors")
+    return tensors
 
 
 def _rewrite(folder: Path, change: Change) -> None:

@@ -95,7 +95,12 @@ def test_auto_precision(
     monkeypatch: pytest.MonkeyPatch, device: torch.device, multiplies: bool, dtype: torch.dtype
 ) -> None:
     asked: list[torch.device] = []
-    monkeypatch.setattr(device_file, "multiplies_bf16", lambda device: asked.append(device) or multiplies)
+
+    def multiplies_bf16(device: torch.device) -> bool:
+        asked.append(device)
+        return multiplies
+
+    monkeypatch.setattr(device_file, "multiplies_bf16", multiplies_bf16)
     assert resolve_precision("auto", device) == dtype
     assert asked == [device]
 

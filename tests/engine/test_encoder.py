@@ -155,10 +155,10 @@ def test_fp64_gradients_are_those_of_fair_esm() -> None:
     batch = _batch([(_protein(9), 0.3), (_protein(4), 0.0), (_protein(3), 1.0)])
     weights = torch.linspace(-1, 1, len(TOKENS), dtype=torch.float64)
     ours = from_fair_esm(model, ALPHABET).double()
-    (ours.logits(ours(batch).hidden_TD) @ weights).square().sum().backward()
+    torch.autograd.backward((ours.logits(ours(batch).hidden_TD) @ weights).square().sum())
     with in_fp64(model) as theirs:
         for tokens_L in _by_sequence(batch.tokens_T, batch):
-            (theirs(tokens_L[None].long())["logits"] @ weights).square().sum().backward()
+            torch.autograd.backward((theirs(tokens_L[None].long())["logits"] @ weights).square().sum())
     # The gradients take the parameters' place, so that the adoption itself says which is which; it rounds to fp32.
     for parameter in theirs.parameters():
         parameter.data = parameter.data if parameter.grad is None else parameter.grad

@@ -94,6 +94,15 @@ def test_varlen_attention(impl: str, K: int, dtype: torch.dtype) -> None:
     assert _failure(_run(impl, qkv, lengths_B), qkv, lengths_B) is None
 
 
+@pytest.mark.parametrize("multiplies_bf16", [True, False])
+@pytest.mark.parametrize("K", HEAD_WIDTHS)
+def test_bf16_with_and_without_units(monkeypatch: pytest.MonkeyPatch, K: int, multiplies_bf16: bool) -> None:
+    monkeypatch.setattr("protnest.kernels.linear.multiplies_bf16", lambda device: multiplies_bf16)
+    lengths_B = [1, 2, 130, 37]
+    qkv = _hostile(sum(lengths_B), 3, K, torch.bfloat16)
+    assert _failure(_run("sdpa", qkv, lengths_B), qkv, lengths_B) is None
+
+
 @each_cpu_impl
 @pytest.mark.parametrize(
     "lengths_B",
@@ -159,7 +168,8 @@ def test_fp32_gradients_of_sdpa(K: int) -> None:
     def gradients(impl: str, dtype: torch.dtype) -> list[torch.Tensor]:
         qkv = [x.to(dtype).clone().requires_grad_() for x in _hostile(48, 3, K)]
         upstream_THK = _hostile(48, 3, K, seed=1)[0].to(dtype)
-        varlen_attention(qkv[0], qkv[1], qkv[2], _cu_seqlens(lengths_B), lengths_B, impl=impl).backward(upstream_THK)
+        out_THK = varlen_attention(qkv[0], qkv[1], qkv[2], _cu_seqlens(lengths_B), lengths_B, impl=impl)
+        torch.autograd.backward(out_THK, upstream_THK)
         return [x.grad for x in qkv if x.grad is not None]
 
     q_THK, k_THK, _ = _hostile(48, 3, K)

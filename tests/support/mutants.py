@@ -47,7 +47,7 @@ def _embedding(break_it: Callable[[Encoder, Embed], Embed]) -> Mutant:
 
 def _masks_T(batch: PackedBatch) -> torch.Tensor:
     """How many masks the sequence of each token holds."""
-    counts = [int((tokens == MASK_ID).sum()) for tokens in batch.tokens_T.split(list(batch.lengths_B))]
+    counts = [int((tokens == MASK_ID).sum()) for tokens in torch.split(batch.tokens_T, list(batch.lengths_B))]
     return torch.tensor(counts).repeat_interleave(torch.tensor(batch.lengths_B))
 
 
@@ -229,15 +229,15 @@ def _cut_one_late(
 def _causal(
     q_THK: torch.Tensor, k_THK: torch.Tensor, v_THK: torch.Tensor, cu_seqlens: torch.Tensor, lengths_B: Sequence[int]
 ) -> torch.Tensor:
-    split = zip(*(x.transpose(0, 1).split(list(lengths_B), dim=1) for x in (q_THK, k_THK, v_THK)), strict=True)
-    return torch.cat([F.scaled_dot_product_attention(*qkv, is_causal=True).transpose(0, 1) for qkv in split])
+    split = zip(*(torch.split(x.transpose(0, 1), list(lengths_B), dim=1) for x in (q_THK, k_THK, v_THK)), strict=True)
+    return torch.cat([F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(0, 1) for q, k, v in split])
 
 
 def _softmax_over_queries(
     q_THK: torch.Tensor, k_THK: torch.Tensor, v_THK: torch.Tensor, cu_seqlens: torch.Tensor, lengths_B: Sequence[int]
 ) -> torch.Tensor:
     outputs = []
-    for q_LHK, k_LHK, v_LHK in zip(*(x.split(list(lengths_B)) for x in (q_THK, k_THK, v_THK)), strict=True):
+    for q_LHK, k_LHK, v_LHK in zip(*(torch.split(x, list(lengths_B)) for x in (q_THK, k_THK, v_THK)), strict=True):
         scores_HLL = torch.einsum("qhk,lhk->hql", q_LHK, k_LHK) / math.sqrt(q_LHK.shape[-1])
         outputs.append(torch.einsum("hql,lhk->qhk", scores_HLL.softmax(dim=-2), v_LHK))
     return torch.cat(outputs)

@@ -179,9 +179,9 @@ def test_steps_written_out() -> None:
                 first += 0.1 * (clipped - first)
                 second += 0.02 * (clipped**2 - second)
                 if parameter.dim() == 2:
-                    parameter -= rate * config.weight_decay * parameter
+                    parameter.mul_(1 - rate * config.weight_decay)
                 spread = (second / (1 - 0.98 ** (step + 1))).sqrt() + 1e-8
-                parameter -= rate * first / (1 - 0.9 ** (step + 1)) / spread
+                parameter.sub_(rate * first / (1 - 0.9 ** (step + 1)) / spread)
     assert max(norms) > 1.5, "nothing was clipped"
     trained = run.encoder.state_dict()
     for name, parameter in encoder.named_parameters():
