@@ -149,7 +149,9 @@ def embed(
     if absent := [name for name in PEER_MODULES if not is_installed(name)]:
         console.print(f"[yellow]not installed, left out: {', '.join(absent)}[/yellow]")
     if "bf16" in wanted and not multiplies_bf16(_CPU):
-        console.print("[yellow]this CPU has no bf16 units: ours runs bf16 in fp32 units, peers run torch's emulation[/yellow]")
+        console.print(
+            "[yellow]this CPU has no bf16 units: ours runs bf16 in fp32 units, peers run torch's emulation[/yellow]"
+        )
     plan = Plan(
         sequences=proteins.sequences,
         budgets=tried,

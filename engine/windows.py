@@ -88,10 +88,16 @@ def cut(row: int, residues: int, *, max_residues: int, long: str) -> list[Piece]
 
 
 def residues_run(residues: int, *, max_residues: int, long: str) -> int:
-    """Residues that a protein costs to run, those in several windows counted as often."""
+    """Residues that a protein costs to run, those in several windows counted as often; none where `long` refuses it.
+
+    Raises:
+        ValueError: `long` is unknown.
+    """
+    check_policy(long)
     if residues <= max_residues or long == "full":
         return residues
-    return max_residues * (len(window_begins(residues, max_residues)) if long == "window" else 1)
+    windows = {"window": len(window_begins(residues, max_residues)), "truncate": 1, "error": 0}[long]
+    return max_residues * windows
 
 
 def check_policy(long: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -11,13 +11,13 @@ import typer
 def pretrain(
     data: Annotated[Path, typer.Argument(help="FASTA file, plain or .gz; one sequence in twenty is held out.")],
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint; a killed run goes on from here.")],
-    preset: Annotated[str, typer.Option(help="Architecture: nano-xs or nano-s.")] = "nano-xs",
+    preset: Annotated[Literal["nano-xs", "nano-s"], typer.Option(help="Architecture.")] = "nano-xs",
     steps: Annotated[int, typer.Option(help="Optimiser steps.", min=1)] = 6000,
     batch_tokens: Annotated[int, typer.Option(help="Most tokens in a batch.", min=16)] = 2048,
-    learning_rate: Annotated[float, typer.Option(help="Its peak.")] = 2e-3,
+    learning_rate: Annotated[float, typer.Option(help="Its peak.", min=1e-9)] = 2e-3,
     warmup_steps: Annotated[int, typer.Option(help="Steps until the peak.", min=0)] = 200,
     seed: Annotated[int, typer.Option(help="Of weights, order, crops and masks.", min=0)] = 0,
-    precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto",
+    precision: Annotated[Literal["auto", "fp32", "bf16"], typer.Option(help="Of the matrix products.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     json_output: Annotated[bool, typer.Option("--json", help="Print the report as JSON on standard output.")] = False,
 ) -> None:
@@ -32,8 +32,9 @@ def pretrain(
     from .pretrain import PretrainConfig
     from .pretrain import pretrain as run
 
+    chosen: str = precision
     if precision == "auto":
-        precision = precision_name(resolve_precision("auto", resolve_device(device)))
+        chosen = precision_name(resolve_precision("auto", resolve_device(device)))
     config = PretrainConfig(
         preset=preset,
         steps=steps,
@@ -41,7 +42,7 @@ def pretrain(
         learning_rate=learning_rate,
         warmup_steps=warmup_steps,
         seed=seed,
-        precision=precision,
+        precision=chosen,
     )
     console = Console(stderr=True)
     columns = (

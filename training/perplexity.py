@@ -23,7 +23,13 @@ def held_out_perplexity(encoder: Encoder, corpus: Corpus, *, sequences: int, bat
     """Perplexity per masked residue: exp of the mean negative log-likelihood, over the first `sequences` of a corpus.
 
     15 % of each sequence's residues are shown as `<mask>`: the same ones in every call, whatever the batches.
+
+    Raises:
+        ValueError: there is no sequence to judge by.
     """
+    if min(sequences, len(corpus)) < 1:
+        message = f"no sequence to judge by: {sequences} asked for, {len(corpus)} there"
+        raise ValueError(message)
     shown, rows, labels = [], [], []
     for index in range(min(sequences, len(corpus))):
         tokens = crop(corpus[index], encoder.config.max_residues, np.random.default_rng((_CROP_SEED, index)))

@@ -61,6 +61,10 @@ class PretrainConfig:
         if self.preset not in BUNDLED:
             message = f"preset is {self.preset!r}; allowed: {', '.join(BUNDLED)}"
             raise InputError(message)
+        for name in ("steps", "batch_tokens", "warmup_steps", "seed"):
+            if type(getattr(self, name)) is not int:
+                message = f"{name} must be a whole number, got {getattr(self, name)!r}"
+                raise InputError(message)
         for name in ("steps", "batch_tokens", "learning_rate"):
             if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
                 message = f"{name} must be positive, got {getattr(self, name)}"
@@ -185,7 +189,7 @@ class Pretraining:
         write_atomically(path, lambda temporary: torch.save(state, temporary))
 
     def _identity(self) -> dict[str, Any]:
-        return {**asdict(self.config), "data": self.corpus.fingerprint}
+        return {**asdict(self.config), "architecture": asdict(self.encoder.config), "data": self.corpus.fingerprint}
 
     def load(self, path: Path) -> None:
         """Goes on from a saved state.
@@ -211,6 +215,11 @@ class Pretraining:
         self.step = state["step"]
 
 
+def _rounded(value: float) -> float | None:
+    """Three decimals; None for what JSON cannot hold."""
+    return round(value, 3) if math.isfinite(value) else None
+
+
 def pretrain(
     fasta: Path,
     out: Path,
@@ -223,7 +232,7 @@ def pretrain(
     """Trains a preset on a FASTA file and writes `out` in Hugging Face layout; goes on where a killed run stopped.
 
     `out` gets `model.safetensors` (fp16), `config.json`, `vocab.txt`, `training.json` (recipe, data, perplexities),
-    `log.csv` (step, seconds, loss) and, while it runs, `state.pt`.
+    `log.csv` (step, seconds, loss) and `state.pt`, from which a killed run goes on.
 
     Returns:
         What `training.json` holds.
@@ -241,7 +250,8 @@ def pretrain(
         run.load(state)
     kept = log.read_text().splitlines()[1 : run.step + 1] if log.exists() else []
     seconds = float(kept[-1].split(",")[1]) if kept else 0.0
-    log.write_text("\n".join(["step,seconds,loss", *kept]) + "\n")
+    text = "\n".join(["step,seconds,loss", *kept]) + "\n"
+    write_atomically(log, lambda temporary: temporary.write_text(text))
 
     started = last_saved = time.monotonic()
     with log.open("a", buffering=1) as lines:
@@ -266,9 +276,10 @@ def pretrain(
         "torch": torch.__version__,
         "data": {"file": fasta.name, "train_sequences": len(train), "held_out_sequences": len(held_out)},
         "seconds": round(seconds + time.monotonic() - started, 1),
-        "held_out_perplexity": round(held_out_perplexity(encoder, held_out, sequences=1000), 3),
+        "held_out_perplexity": _rounded(held_out_perplexity(encoder, held_out, sequences=1000)),
         "unigram_perplexity": round(unigram_perplexity(train, held_out), 3),
     }
     save_checkpoint(encoder, out, dtype=torch.float16)
-    (out / "training.json").write_text(json.dumps(report, indent=1) + "\n")
+    report_text = json.dumps(report, indent=1, allow_nan=False) + "\n"
+    write_atomically(out / "training.json", lambda temporary: temporary.write_text(report_text))
     return report
