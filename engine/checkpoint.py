@@ -185,7 +185,11 @@ def _weight_files(folder: Path) -> list[Path]:
     if not index.is_file():
         message = "holds neither model.safetensors nor model.safetensors.index.json"
         raise InputError(message, file=folder)
-    shards = sorted(set(_read_json(index).get("weight_map", {}).values()))
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        message = f"weight_map must give the file of each tensor, got {str(weight_map)[:80]}"
+        raise InputError(message, file=index)
+    shards = sorted(set(weight_map.values()))
     if missing := [shard for shard in shards if not (folder / shard).is_file()] or not shards:
         message = f"the shards it lists are not all there: missing {missing}"
         raise InputError(message, file=index)

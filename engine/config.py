@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from .alphabet import TOKENS
+from .alphabet import MASK_ID, PAD_ID, TOKENS
 from .errors import InputError
 
 
@@ -25,7 +26,7 @@ class EncoderConfig:
         layer_norm_eps: added to the variance in every LayerNorm.
 
     Raises:
-        ValueError: a size is not positive, or the heads do not divide the width.
+        ValueError: a size or `layer_norm_eps` is not positive, or the heads do not divide the width.
     """
 
     layers: int
@@ -42,6 +43,13 @@ class EncoderConfig:
             if not isinstance(value, int) or value < 1:
                 message = f"{name} must be a positive whole number, got {value!r}"
                 raise ValueError(message)
+        token_dropout: object = self.token_dropout
+        if not isinstance(token_dropout, bool):
+            message = f"token_dropout must be true or false, got {token_dropout!r}"
+            raise ValueError(message)
+        if not isinstance(self.layer_norm_eps, float) or not 0 < self.layer_norm_eps < math.inf:
+            message = f"layer_norm_eps must be a positive number, got {self.layer_norm_eps!r}"
+            raise ValueError(message)
         if self.width % (2 * self.heads):
             message = f"width {self.width} is not a multiple of 2 x {self.heads} heads"
             raise ValueError(message)
@@ -82,6 +90,9 @@ _HF_FIXED: dict[str, tuple[Any, ...]] = {
     "is_folding_model": (False, None),
     "add_cross_attention": (False, None),
     "is_decoder": (False, None),
+    "rope_theta": (10000.0, None),
+    "mask_token_id": (MASK_ID, None),
+    "pad_token_id": (PAD_ID, None),
 }
 # Absent in some configs; transformers' EsmConfig then means these values.
 _HF_DEFAULTS: dict[str, Any] = {"hidden_act": "gelu"}
@@ -92,6 +103,8 @@ _HF_REQUIRED = (
     "intermediate_size",
     "token_dropout",
     "max_position_embeddings",
+    # Where it is not said, transformers takes 1e-12, which no ESM-2 was trained with.
+    "layer_norm_eps",
 )
 # max_position_embeddings counts BOS, EOS and two unused rows that the padding index shifts in.
 _SPECIAL_POSITIONS = 4
@@ -124,14 +137,15 @@ def config_from_huggingface(settings: Mapping[str, Any], *, file: str | None = N
             feedforward=settings["intermediate_size"],
             max_residues=settings["max_position_embeddings"] - _SPECIAL_POSITIONS,
             token_dropout=settings["token_dropout"],
-            layer_norm_eps=settings.get("layer_norm_eps") or EncoderConfig.layer_norm_eps,
+            layer_norm_eps=settings["layer_norm_eps"],
         )
     except (TypeError, ValueError) as error:
         raise InputError(str(error), file=file) from error
 
 
 def _nearest(key: str, settings: Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(key, [name for name in settings if name not in _HF_REQUIRED], n=1)
+    known = config_to_huggingface(PUBLISHED["esm2_t6_8M_UR50D"], dtype="float32").keys()
+    close = difflib.get_close_matches(key, [name for name in settings if name not in known], n=1)
     return f" (did {close[0]!r} mean this?)" if close else ""
 
 

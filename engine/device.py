@@ -60,5 +60,13 @@ def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
 
 
 def precision_name(dtype: torch.dtype) -> str:
-    """The name of a dtype in `PRECISIONS`."""
-    return next(name for name, known in PRECISIONS.items() if known == dtype)
+    """The name of a dtype in `PRECISIONS`.
+
+    Raises:
+        ValueError: it has none.
+    """
+    for name, known in PRECISIONS.items():
+        if known == dtype:
+            return name
+    message = f"{dtype} is no precision of an encoder; allowed: {', '.join(map(str, PRECISIONS.values()))}"
+    raise ValueError(message)

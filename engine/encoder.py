@@ -33,7 +33,8 @@ class EncoderOutput:
 
     Attributes:
         hidden_TD: the last layer after the final LayerNorm.
-        layers: (T, D) of each layer that was asked for. 0 is the embedding, `config.layers` equals `hidden_TD`.
+        layers: (T, D) of each layer that was asked for, fp32 at least. 0 is the embedding, `config.layers` equals
+            `hidden_TD`.
     """
 
     hidden_TD: torch.Tensor
@@ -50,15 +51,26 @@ class _Linear(nn.Linear):
         return linear(x_NI, self.weight, self.bias)
 
 
+class _LayerNorm(nn.LayerNorm):
+    """Reads the residual stream in its own precision, and hands the result to products in the weights'."""
+
+    def forward(self, x_ND: torch.Tensor) -> torch.Tensor:
+        weight, bias = self.weight.to(x_ND.dtype), self.bias.to(x_ND.dtype)
+        return F.layer_norm(x_ND, self.normalized_shape, weight, bias, self.eps).to(self.weight.dtype)
+
+
 class _Layer(nn.Module):
+    """One layer. In bf16 and fp16 the residual stream `x_TD` stays fp32: rounding it in every layer costs more of the
+    embedding's direction than all rounded products together (see benchmarks/README.md)."""
+
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         D, eps = config.width, config.layer_norm_eps
         self.heads = config.heads
-        self.attention_norm = nn.LayerNorm(D, eps=eps)
+        self.attention_norm = _LayerNorm(D, eps=eps)
         self.qkv = _Linear(D, 3 * D)
         self.out = _Linear(D, D)
-        self.feedforward_norm = nn.LayerNorm(D, eps=eps)
+        self.feedforward_norm = _LayerNorm(D, eps=eps)
         self.fc1 = _Linear(D, config.feedforward)
         self.fc2 = _Linear(config.feedforward, D)
 
@@ -111,9 +123,12 @@ class Encoder(nn.Module):
         self.config = config
         self.name = name
         self.fingerprint = fingerprint
-        self.embed_tokens = nn.Embedding(len(TOKENS), config.width)
+        # On the meta device torch's normal_ imports torch._dynamo, 2.3 s of every load; and nothing is drawn there.
+        self.embed_tokens = nn.Embedding(len(TOKENS), config.width, _weight=torch.empty(len(TOKENS), config.width))
+        if not self.embed_tokens.weight.is_meta:
+            nn.init.normal_(self.embed_tokens.weight)
         self.layers = nn.ModuleList(_Layer(config) for _ in range(config.layers))
-        self.final_norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
+        self.final_norm = _LayerNorm(config.width, eps=config.layer_norm_eps)
         self.head = LanguageModelHead(config) if head else None
 
     @property
@@ -158,6 +173,7 @@ class Encoder(nn.Module):
 
     def _embed(self, batch: PackedBatch) -> torch.Tensor:
         x_TD: torch.Tensor = self.embed_tokens(batch.tokens_T)
+        x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
         if not self.config.token_dropout:
             return x_TD
         # Per sequence: r = masks / (L + 2), <cls> and <eos> counted. Masked rows become zero, all others are scaled by
@@ -166,12 +182,11 @@ class Encoder(nn.Module):
         masks_before = F.pad(masked_T.cumsum(0), (1, 0))
         begins, ends = batch.cu_seqlens[:-1].long(), batch.cu_seqlens[1:].long()
         lengths = (ends - begins).clamp(min=1)
-        ratio_B = (masks_before[ends] - masks_before[begins]) / lengths
-        scale_B = (1 - _TRAINED_MASK_RATIO) / (1 - ratio_B.to(torch.float64))
+        # Counts divide to fp32 unless they are fp64 first, and 1 - r loses digits where nearly all is masked.
+        ratio_B = (masks_before[ends] - masks_before[begins]).to(torch.float64) / lengths
+        scale_B = (1 - _TRAINED_MASK_RATIO) / (1 - ratio_B)
         scale_T = scale_B.repeat_interleave(ends - begins, output_size=x_TD.shape[0])
-        # Scaled in fp32 at least: 0.88 rounded to bf16 would be off by 0.1 % everywhere.
-        scale_T = scale_T.masked_fill(masked_T, 0.0).to(torch.promote_types(x_TD.dtype, torch.float32))
-        return (x_TD * scale_T[:, None]).to(x_TD.dtype)
+        return x_TD * scale_T.masked_fill(masked_T, 0.0).to(x_TD.dtype)[:, None]
 
     def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
         """Logits (N, V) over the alphabet for N rows of `hidden_TD`: all of them, or only those that matter.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -41,8 +40,21 @@ def _rename(name: str) -> str:
 def _build(
     tensors: Tensors, *, layers: int, width: int, heads: int, token_dropout: bool, name: str, source: str
 ) -> tuple[Encoder, list[str]]:
-    config = EncoderConfig(layers=layers, width=width, heads=heads, feedforward=4 * width, token_dropout=token_dropout)
-    renamed = {_rename(original): tensor for original, tensor in tensors.items()}
+    try:
+        # The width's own message comes first: 4 times no number is no number either.
+        feedforward = 4 * width if isinstance(width, int) else 4
+        config = EncoderConfig(
+            layers=layers, width=width, heads=heads, feedforward=feedforward, token_dropout=token_dropout
+        )
+    except ValueError as error:
+        raise InputError(str(error), file=source) from error
+    renamed: dict[str, torch.Tensor] = {}
+    for original, tensor in tensors.items():
+        canonical_name = _rename(original)
+        if canonical_name in renamed:
+            message = f"tensor {original!r} is there twice, under two spellings"
+            raise InputError(message, file=source)
+        renamed[canonical_name] = tensor
     canonical, set_aside = canonical_tensors(renamed, source=source)
     return build_encoder(config, canonical, name=name, source=source), set_aside
 
@@ -60,9 +72,17 @@ def read_fair_esm(path: Path, *, name: str | None = None) -> tuple[Encoder, list
         # fair-esm's files hold their settings as an argparse.Namespace; nothing else beyond tensors is let in.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
-        message = f"not a checkpoint that can be read safely ({reason})"
+    except OSError as error:
+        message = f"not a checkpoint that can be read safely ({error})"
+        raise InputError(message, file=path) from error
+    except Exception as error:
+        # Not torch's own words: they tell the reader how to run whatever the file holds.
+        reason = (
+            "it holds more than tensors and settings"
+            if "Unsupported global" in str(error)
+            else "damaged, or no .pt file"
+        )
+        message = f"not a checkpoint that can be read safely ({reason}; {type(error).__name__})"
         raise InputError(message, file=path) from error
     try:
         settings, tensors = content["cfg"]["model"], content["model"]
@@ -72,11 +92,16 @@ def read_fair_esm(path: Path, *, name: str | None = None) -> tuple[Encoder, list
             settings.encoder_attention_heads,
         )
         token_dropout = settings.token_dropout
-    except (KeyError, TypeError, AttributeError) as error:
+    except (LookupError, TypeError, AttributeError) as error:
         message = (
             f"not a fair-esm ESM-2 checkpoint: it lacks {error}; expected 'model' and 'cfg' with the encoder's sizes"
         )
         raise InputError(message, file=path) from error
+    if not isinstance(tensors, dict) or not all(
+        isinstance(key, str) and isinstance(tensor, torch.Tensor) for key, tensor in tensors.items()
+    ):
+        message = "not a fair-esm ESM-2 checkpoint: 'model' holds something else than tensors by name"
+        raise InputError(message, file=path)
     return _build(
         tensors,
         layers=layers,

@@ -28,9 +28,9 @@ def apply_rotary(x_THK: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> t
     """Turns (T, H, K) by the angles of `rotary_table`; a new tensor of the same shape and dtype.
 
     Raises:
-        ValueError: K is not twice the width of the table, or T differs.
+        ValueError: x has not three axes, K is not twice the width of the table, or T differs.
     """
-    if x_THK.shape[-1] != 2 * cos.shape[-1] or x_THK.shape[0] != cos.shape[0]:
+    if x_THK.dim() != 3 or x_THK.shape[-1] != 2 * cos.shape[-1] or x_THK.shape[0] != cos.shape[0]:
         message = (
             f"x has shape {tuple(x_THK.shape)}, the table {tuple(cos.shape)}: expected (T, H, K) and (T, 1, K / 2)"
         )

@@ -211,7 +211,15 @@ def test_interrupt_keeps_what_is_done(tmp_path: Path, model: str) -> None:
     command = [sys.executable, "-m", "protnest.engine.cli", "embed", str(fasta), "--out", str(out), "--model", model]
     command += ["--shard-records", "50", "--json"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+        # A suite that runs in the background has SIGINT ignored, and its children would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     while process.poll() is None and len(list(out.glob("part-*.safetensors"))) < 3:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)

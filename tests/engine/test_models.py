@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +138,16 @@ def test_wrong_words_are_seen_before_anything_is_read(
     monkeypatch.setattr(models_file, "_read", read)
     with pytest.raises(InputError, match=problem):
         load_model("nano-s", **options)
+
+
+def test_loading_leaves_torchs_compiler_asleep(folder: Path) -> None:
+    """Importing it takes 2.3 s of processor time, and a weight drawn on the meta device is enough to do so."""
+    script = (
+        "import sys; from protnest.engine import load_model; load_model(sys.argv[1], device='cpu'); "
+        "print([name for name in ('torch._dynamo', 'torch._inductor', 'sympy') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(folder)], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "[]", done.stderr
 
 
 # Published names
