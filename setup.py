@@ -3,7 +3,7 @@
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
 
-FOLDERS = ("engine", "kernels", "training", "benchmarks")
+FOLDERS = ("engine", "kernels", "kernels/gpu", "training", "benchmarks")
 
 extension = Pybind11Extension(
     "protnest.kernels._C",
@@ -16,8 +16,8 @@ extension = Pybind11Extension(
 )
 
 setup(
-    packages=[f"protnest.{folder}" for folder in FOLDERS],
-    package_dir={f"protnest.{folder}": folder for folder in FOLDERS},
+    packages=[f"protnest.{folder.replace('/', '.')}" for folder in FOLDERS],
+    package_dir={f"protnest.{folder.replace('/', '.')}": folder for folder in FOLDERS},
     package_data={
         "protnest.engine": ["py.typed", "bundled/*/*"],
         "protnest.kernels": ["py.typed"],

@@ -13,10 +13,11 @@ if not __name__.startswith("protnest."):
     raise ImportError(_message)
 
 if TYPE_CHECKING:
+    from .nested_embed import nested_embed
     from .plan_batches import plan_batches
     from .tokenise import tokenise
 
-__all__ = ["plan_batches", "tokenise"]
+__all__ = ["nested_embed", "plan_batches", "tokenise"]
 
 
 class _Operations(ModuleType):
