@@ -11,6 +11,7 @@ if not __name__.startswith("protnest."):
     raise ImportError(_message)
 
 if TYPE_CHECKING:
+    from .chain import Chain
     from .embedder import Embedder
     from .embeddings import read_embeddings
     from .encoder import Encoder
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from .models import from_transformers, load_model
 
 _HOMES = {
+    "Chain": "chain",
     "Embedder": "embedder",
     "Encoder": "encoder",
     "InputError": "errors",
@@ -33,6 +35,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Chain",
     "Embedder",
     "Encoder",
     "InputError",

@@ -1,6 +1,6 @@
 """Embeddings of many proteins: cut, planned into near-full batches, run, pooled, and put back in order.
 
-Shapes: B proteins, L residues of one, T tokens of a batch, D width.
+Shapes: B proteins, L residues of one, D width, in a chain the nested row's.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ import numpy.typing as npt
 import torch
 
 from ..kernels import plan_batches
+from .chain import Chain
 from .device import precision_name
 from .encoder import Encoder
 from .errors import InputError
+from .family import Family
 from .fasta import clean_sequence
+from .nesting import Gathering, Nesting, PlainRows, PooledNesting, ResidueNesting
 from .packing import pack, refuse_one_string
-from .pooling import PooledRows, ResidueRows, check_pool
+from .pooling import check_pool
 from .windows import Piece, check_policy, cut
 
 Vectors = npt.NDArray[np.float32]
@@ -30,50 +33,97 @@ _DEFAULT_TOKENS = {"cpu": 4096, "cuda": 65536}
 
 
 class Embedder:
-    """Embeds proteins with one model.
+    """Embeds proteins with one model, or with an initial run of a chain's models as one nested embedding.
 
     Args:
-        model: the encoder.
+        model: the encoder; or several, smallest first, as a list or a `Family`.
+        chain: makes one row of their embeddings; needed for several models. A row's first dimensions are the very row
+            that fewer of the models give.
+        dims: of the row, keep so many dimensions, and run no model beyond the one that they need; all by default.
         pool: "mean", "max" or "bos" for one vector a protein, "residue" for one a residue. The mean and the maximum are
-            over residues only; "bos" is the `<cls>` token's vector, of the first window where there are several.
+            over residues only; "bos" is the `<cls>` token's vector, of the first window where there are several. In a
+            chain `<cls>`, `<eos>` and masks are mapped as residues are.
         long: what becomes of proteins beyond `max_residues`: "window", "full", "truncate" or "error"
             (see `protnest.engine.windows`).
         max_tokens: most tokens in a batch, `<cls>` and `<eos>` counted; a longer protein has a batch of its own.
             By default 4,096 on a CPU and 65,536 on a GPU.
 
+    Attributes:
+        dims: widths at which the embedding may be cut and is a smaller model's; the last is its own width.
+        members: what is known of each model that runs.
+
     Raises:
+        InputError: several models and no chain, models that are not the chain's, or `dims` beyond the chain.
         ValueError: `pool` or `long` is unknown, or `max_tokens` is not positive.
     """
 
     def __init__(
-        self, model: Encoder, *, pool: str = "mean", long: str = "window", max_tokens: int | None = None
+        self,
+        model: Encoder | Sequence[Encoder] | Family,
+        *,
+        chain: Chain | None = None,
+        dims: int | None = None,
+        pool: str = "mean",
+        long: str = "window",
+        max_tokens: int | None = None,
     ) -> None:
         check_pool(pool)
         check_policy(long)
+        if not isinstance(model, Family):
+            model = Family.of([model] if isinstance(model, Encoder) else list(model))
         if max_tokens is None:
-            max_tokens = _DEFAULT_TOKENS[model.device.type]
+            max_tokens = _DEFAULT_TOKENS[model.members[0].device.type]
         if max_tokens < 1:
             message = f"max_tokens must be positive, got {max_tokens}"
             raise ValueError(message)
-        self.model = model
         self.pool = pool
         self.long = long
         self.max_tokens = max_tokens
+        self.chain = chain
+        self._family = model
+        self.members = model.members
+        self._nesting: Nesting | None = None
+        self.dims: tuple[int, ...] = (self.members[0].dim,)
+        if chain is not None:
+            self._nest(chain, dims)
+        elif len(self.members) > 1:
+            message = f"{len(self.members)} models and no chain: `protnest fit-chain` makes one row of their embeddings"
+            raise InputError(message)
+        elif dims is not None and dims != self.dims[0]:
+            message = f"dims is {dims}, but without a chain the model's whole width is kept, {self.dims[0]}"
+            raise InputError(message)
+
+    def _nest(self, chain: Chain, dims: int | None) -> None:
+        chain.check_models(self.members)
+        if dims is not None:
+            needed = chain.models_for(dims)
+            if needed > len(self.members):
+                message = f"dims is {dims}, which takes {needed} models of the chain; {len(self.members)} are given"
+                raise InputError(message)
+            self.members = self.members[:needed]
+        self._nesting = Nesting(chain, self.members)
+        widths = self._nesting.widths
+        width = widths[-1] if dims is None else dims
+        self.dims = (width,) if chain.is_naive else (*widths[:-1], width)
 
     @property
-    def dims(self) -> tuple[int, ...]:
-        """Widths at which the embedding may be cut: for one model its whole width."""
-        return (self.model.dim,)
+    def model(self) -> Encoder:
+        """The largest model that runs."""
+        return self._family[len(self.members) - 1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.members[0].device
 
     @property
     def precision(self) -> str:
-        """Name of the precision in which the model runs."""
-        return precision_name(self.model.dtype)
+        """Name of the precision in which the models run."""
+        return precision_name(self.members[0].dtype)
 
     @property
     def max_residues(self) -> int:
-        """Length beyond which `long` decides."""
-        return self.model.config.max_residues
+        """Length beyond which `long` decides: the model's, and in a chain the shortest of its models'."""
+        return self.members[0].config.max_residues if self.chain is None else self.chain.max_residues
 
     def embed(
         self, sequences: Sequence[str], *, after_batch: Callable[[int], None] | None = None
@@ -116,18 +166,30 @@ class Embedder:
             except InputError as error:
                 message = f"sequence {row}: {error.problem}"
                 raise InputError(message) from error
-        gathered = (
-            ResidueRows(self.model.dim)
-            if self.pool == "residue"
-            else PooledRows(self.pool, len(sequences), self.model.dim)
-        )
-        for batch in self._plan(pieces):
-            packed = pack([sequences[piece.row][piece.begin : piece.end] for piece in batch])
-            with torch.inference_mode():
-                gathered.add(batch, packed, self.model(packed).hidden_TD)
-            if after_batch is not None:
-                after_batch(sum(piece.end - piece.begin for piece in batch))
-        return gathered.result()
+        gathered = self._gathering(len(sequences))
+        batches = list(self._plan(pieces))
+        levels = range(len(self.members))
+        # Resident models take turns on each batch; otherwise each runs all batches before the next one is loaded.
+        together = self._family.resident
+        turns = (levels,) if together else tuple((level,) for level in levels)
+        for turn in turns:
+            for number, batch in enumerate(batches):
+                packed = pack([sequences[piece.row][piece.begin : piece.end] for piece in batch])
+                with torch.inference_mode():
+                    for level in turn:
+                        gathered.take(level, number, batch, packed, self._family[level])
+                if after_batch is not None and turn[-1] == levels[-1]:
+                    after_batch(sum(piece.end - piece.begin for piece in batch))
+            gathered.leave()
+        with torch.inference_mode():
+            return gathered.result()
+
+    def _gathering(self, proteins: int) -> Gathering:
+        width = self.dims[-1]
+        if self._nesting is None:
+            return PlainRows(self.pool, proteins, width)
+        route = PooledNesting if self.pool in ("mean", "bos") else ResidueNesting
+        return route(self._nesting, self.pool, proteins, width)
 
     def _plan(self, pieces: list[Piece]) -> Iterator[list[Piece]]:
         order, offsets = plan_batches([piece.tokens for piece in pieces], self.max_tokens)

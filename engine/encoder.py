@@ -158,6 +158,21 @@ class Encoder(nn.Module):
         if outside := sorted(layer for layer in layers if not 0 <= layer <= deepest):
             message = f"layers {outside} do not exist: {self.name} has 0 to {deepest}"
             raise ValueError(message)
+        stream_TD, kept = self._run(batch, layers)
+        hidden_TD = self.final_norm(stream_TD)
+        if deepest in layers:
+            kept[deepest] = hidden_TD
+        return EncoderOutput(hidden_TD, kept)
+
+    def stream(self, batch: PackedBatch) -> torch.Tensor:
+        """The residual stream after the last layer, before the final LayerNorm: (T, D), fp32 at least.
+
+        A nesting chain normalises it itself, with the norm's affine part folded into its projection.
+        """
+        return self._run(batch, ())[0]
+
+    def _run(self, batch: PackedBatch, layers: Collection[int]) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+        deepest = self.config.layers
         batch = batch.to(self.device)
         x_TD = self._embed(batch)
         kept = {0: x_TD} if 0 in layers else {}
@@ -166,10 +181,7 @@ class Encoder(nn.Module):
             x_TD = layer(x_TD, batch, turn)
             if depth in layers and depth != deepest:
                 kept[depth] = x_TD
-        hidden_TD = self.final_norm(x_TD)
-        if deepest in layers:
-            kept[deepest] = hidden_TD
-        return EncoderOutput(hidden_TD, kept)
+        return x_TD, kept
 
     def _embed(self, batch: PackedBatch) -> torch.Tensor:
         x_TD: torch.Tensor = self.embed_tokens(batch.tokens_T)

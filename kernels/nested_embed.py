@@ -4,8 +4,8 @@
     out = [x | n P + x G + c]
 
 x is the accumulated row, h the new model's hidden state before its final LayerNorm, whose affine part is folded into
-P and c. Statistics, products and sums are in the row's dtype, fp32 or fp64. The Triton kernel rounds the operands of the
-products to the dtype of P and G, where that is bf16 or fp16; sums stay fp32.
+P and c. Statistics, products and sums are in the row's dtype, fp32 or fp64. The Triton kernel rounds the operands of
+the products to the dtype of P and G, where that is bf16 or fp16; sums stay fp32.
 
 Implementations:
     reference  written out, one term after another, with a concatenation. fp64 gives the gold of the tests.

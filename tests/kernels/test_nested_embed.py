@@ -1,4 +1,4 @@
-"""nested_embed: every element against NumPy's fp64, the prefix bit for bit, gradients, choice of implementation, errors.
+"""nested_embed: every element against NumPy's fp64, the prefix bit for bit, gradients, choice of implementation.
 
 Shapes: T rows, X width of the row so far, D the new model's width, N dimensions it adds, W of the buffer.
 """
