@@ -122,11 +122,65 @@ Precision = Annotated[
 ]
 
 
+Models = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        help="Bundled name, folder in Hugging Face layout, fair-esm .pt file, or published name; with --chain several, "
+        "smallest first, joined by commas.",
+        show_default="nano-s; with --chain the names that it was fitted on",
+    ),
+]
+
+
+def _embedder(
+    model: str | None,
+    chain_file: Path | None,
+    dims: int | None,
+    resident: bool,
+    settings: dict[str, str],
+    options: dict[str, Any],
+) -> Any:
+    """The embedder of one model or of a chain; models beyond those that `dims` needs are not loaded."""
+    from .chain import Chain
+    from .embedder import Embedder
+    from .family import Family
+    from .models import DEFAULT_MODEL, load_model
+
+    if chain_file is None:
+        names = [DEFAULT_MODEL] if model is None else model.split(",")
+        return Embedder([load_model(name, **settings) for name in names], dims=dims, **options)
+    chain = Chain.load(chain_file)
+    names = [each.name for each in chain.models] if model is None else model.split(",")
+    if dims is not None:
+        names = names[: chain.models_for(dims)]
+    family = Family(lambda place: load_model(names[place], **settings), len(names), resident=resident)
+    return Embedder(family, chain=chain, dims=dims, **options)
+
+
 @app.command()
 def embed(
     fasta: Annotated[Path, typer.Argument(help="Proteins: FASTA, plain or .gz.", metavar="FASTA")],
     out: Annotated[Path, typer.Option(help="Folder for the embeddings; an unfinished run in it is resumed.")],
-    model: Model = "nano-s",
+    model: Models = None,
+    chain: Annotated[
+        Path | None, typer.Option(help="Chain file of `fit-chain`: makes one nested row of several models' embeddings.")
+    ] = None,
+    dims: Annotated[
+        int | None,
+        typer.Option(
+            help="With --chain: keep so many dimensions, and run no model beyond the one that they need.",
+            min=1,
+            show_default="all",
+        ),
+    ] = None,
+    resident: Annotated[
+        bool,
+        typer.Option(
+            "--resident/--sequential",
+            help="Several models: keep all in memory, or run one after another over each output shard.",
+        ),
+    ] = True,
     pool: Annotated[
         Literal["mean", "max", "bos", "residue"], typer.Option(help="One vector a protein, or one a residue.")
     ] = "mean",
@@ -155,18 +209,22 @@ def embed(
     """Embed a library of proteins."""
     import time
 
-    from .embedder import Embedder
     from .embeddings import read_embeddings
     from .formats import check_format, convert
     from .info import peak_memory_bytes, versions
     from .library import LibraryOptions, embed_library
-    from .models import load_model
     from .progress import EmbedProgress
 
     check_format(output_format)
     started = time.perf_counter()
-    encoder = load_model(model, device=device, precision=precision)
-    embedder = Embedder(encoder, pool=pool, long=long, max_tokens=max_tokens)
+    embedder = _embedder(
+        model,
+        chain,
+        dims,
+        resident,
+        {"device": device, "precision": precision},
+        {"pool": pool, "long": long, "max_tokens": max_tokens},
+    )
     index, count = map(int, shard.split("/"))
     options = LibraryOptions(
         invalid=invalid, storage_dtype=storage_dtype, shard=(index, count), shard_records=shard_records
@@ -179,9 +237,9 @@ def embed(
     seconds = progress.seconds
     report: dict[str, Any] = {
         "out": str(written),
-        "model": encoder.name,
+        "model": ",".join(member.name for member in embedder.members),
         "precision": embedder.precision,
-        "device": str(encoder.device),
+        "device": str(embedder.device),
         "width": embedder.dims[-1],
         "sequences": result.embedded + result.resumed,
         "embedded_now": result.embedded,
@@ -221,6 +279,32 @@ def _print_report(report: dict[str, Any]) -> None:
     for name, value in rows.items():
         table.add_row(name, value)
     Console(soft_wrap=True).print(table)
+
+
+@app.command("import-chain")
+def import_chain(
+    files: Annotated[list[Path], typer.Argument(help="Published scalers: one npz file a stage, in any order.")],
+    out: Annotated[Path, typer.Option(help="The chain file.")],
+    json_output: Json = False,
+) -> None:
+    """Make a chain file of published npz scalers."""
+    from .published_chain import read_published
+
+    chain = read_published(files)
+    chain.save(out)
+    names = [model.name for model in chain.models]
+    report = {
+        "out": str(out),
+        "models": names,
+        "widths": list(chain.widths),
+        "regressor": chain.regressor,
+        "fitted_on": chain.fitted_on,
+    }
+    if json_output:
+        typer.echo(json.dumps(report))
+        return
+    _console.print(f"{out}: {' -> '.join(names)}, {chain.regressor}", markup=False, highlight=False)
+    _console.print(f"fitted on {chain.fitted_on} embeddings: {chain.data['fitted_on']}", markup=False, highlight=False)
 
 
 @app.command()

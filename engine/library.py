@@ -230,15 +230,16 @@ def embed_library(
 
 
 def _settings(embedder: Embedder, options: LibraryOptions, survey: Survey) -> dict[str, Any]:
-    model = embedder.model
+    largest = embedder.members[-1]
     return {
-        "model": model.name,
-        "model_fingerprint": model.fingerprint,
-        "layers": model.config.layers,
+        "model": largest.name,
+        "model_fingerprint": largest.fingerprint,
+        "layers": largest.config.layers,
+        **_chain_settings(embedder),
         "width": embedder.dims[-1],
         "pool": embedder.pool,
         "precision": embedder.precision,
-        "device": model.device.type,
+        "device": embedder.device.type,
         "max_tokens": embedder.max_tokens,
         "long": embedder.long,
         "max_residues": embedder.max_residues,
@@ -247,6 +248,18 @@ def _settings(embedder: Embedder, options: LibraryOptions, survey: Survey) -> di
         "storage_dtype": options.storage_dtype,
         "shard": list(options.shard),
         "shard_records": options.shard_records,
+    }
+
+
+def _chain_settings(embedder: Embedder) -> dict[str, Any]:
+    """Nothing for a single model, whose settings are those of stores that were written before there were chains."""
+    if embedder.chain is None:
+        return {}
+    return {
+        "models": [member.name for member in embedder.members],
+        "model_fingerprints": [member.fingerprint for member in embedder.members],
+        "chain_fingerprint": embedder.chain.fingerprint,
+        "dims": list(embedder.dims),
     }
 
 

@@ -68,3 +68,65 @@ def pretrain(
     for key, value in report.items():
         if key not in shown:
             console.print(f"{key}: {value}")
+
+
+def fit_chain(
+    fasta: Annotated[Path, typer.Argument(help="Proteins to fit on: FASTA, plain or .gz.", metavar="FASTA")],
+    models: Annotated[str, typer.Option(help="Names, folders or .pt files joined by commas, of growing width.")],
+    out: Annotated[Path, typer.Option(help="The chain file.")],
+    regressor: Annotated[
+        Literal["pcr", "ridge", "linear"], typer.Option(help="How the row so far predicts the larger model.")
+    ] = "pcr",
+    naive: Annotated[
+        bool, typer.Option("--naive", help="Principal components of the concatenation instead: a baseline.")
+    ] = False,
+    sequences: Annotated[
+        int | None, typer.Option(help="Most proteins to take, from the beginning.", min=1, show_default="all")
+    ] = None,
+    gram: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where the pass over the proteins is kept: a killed one goes on from here, and another regressor is "
+            "fitted from it in seconds.",
+            show_default="beside --out, ending in .gram",
+        ),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens in a batch.", min=1)] = 4096,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    json_output: Annotated[bool, typer.Option("--json", help="Print the report as JSON on standard output.")] = False,
+) -> None:
+    """Fit a nesting chain: one row whose prefixes are the smaller models' embeddings. Models run in fp32."""
+    import json
+
+    from rich.console import Console
+
+    from ..engine.models import load_model
+    from ..engine.progress import EmbedProgress
+    from .chain_fit import NAIVE
+    from .chain_fit import fit_chain as fit
+    from .gram_pass import PassOptions, run_pass
+
+    encoders = [load_model(name, device=device, precision="fp32") for name in models.split(",")]
+    console = Console(stderr=True)
+    state = out.with_name(out.name + ".gram") if gram is None else gram
+    options = PassOptions(sequences=sequences, max_tokens=max_tokens)
+    with EmbedProgress(console) as progress:
+        pair = run_pass(encoders, fasta, state, options, start=progress.start, after_batch=progress.advance)
+    chain = fit(pair, regressor=NAIVE if naive else regressor)
+    chain.save(out)
+    report = {
+        "out": str(out),
+        "gram": str(state),
+        "models": [model.name for model in chain.models],
+        "widths": list(chain.widths),
+        "regressor": chain.regressor,
+        **chain.data,
+        "stages": list(chain.report),
+    }
+    if json_output:
+        typer.echo(json.dumps(report))
+        return
+    for stage in chain.report:
+        words = (f"{name} {value:.4g}" for name, value in stage.items() if isinstance(value, int | float))
+        console.print(f"{stage['model']}: {', '.join(words)}", markup=False, highlight=False)
+    console.print(f"{out}: {' -> '.join(report['models'])}, {chain.regressor}", markup=False, highlight=False)
