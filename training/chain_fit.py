@@ -12,6 +12,7 @@ Shapes: Z all models' widths together, X width of the row so far, D of the new m
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -21,7 +22,7 @@ from ..engine.chain import Chain, Stage
 from ..engine.errors import InputError
 from .gram import Gram, GramPair
 from .moments import Moments
-from .regressor import REGRESSORS, Regression, fit_regression, principal_axes
+from .regressor import REGRESSORS, RELATIVE_RANK, Regression, fit_regression, principal_axes
 
 NAIVE = "naive"
 
@@ -166,14 +167,15 @@ def _check_enough(pair: GramPair, widths: Sequence[int]) -> None:
         raise InputError(message)
 
 
-def _top_axes(covariance_DD: torch.Tensor, count: int) -> tuple[torch.Tensor, float, int]:
-    """The leading `count` eigenvectors as rows, those without variance zero; the share of variance in them; how many
-    are zero."""
-    values_D, vectors_DD, rank = principal_axes(covariance_DD)
-    kept = min(count, rank)
+def _top_axes(covariance_DD: torch.Tensor, count: int, of_DD: torch.Tensor) -> tuple[torch.Tensor, float, int]:
+    """The leading `count` eigenvectors as rows, with the share of variance in them. Those whose variance is rounding
+    beside that of `of_DD`, which the covariance is what is left of, become zero; how many these are comes last."""
+    values_D, vectors_DD, _ = principal_axes(covariance_DD)
+    kept = min(count, int((values_D > RELATIVE_RANK * torch.linalg.eigvalsh(of_DD)[-1]).sum()))
     axes_ND = vectors_DD[:, :count].T.clone()
     axes_ND[kept:] = 0
-    return axes_ND, float(values_D[:kept].sum() / values_D.sum()), count - kept
+    total = float(values_D.sum())
+    return axes_ND, float(values_D[:kept].sum()) / total if total > 0 else 0.0, count - kept
 
 
 def _rounded(tensor: torch.Tensor) -> torch.Tensor:
@@ -184,8 +186,13 @@ def _rounded(tensor: torch.Tensor) -> torch.Tensor:
 def _nested_stage(name: str, train: Moments, held_out: Moments, regressor: str) -> tuple[Stage, StageReport]:
     D, X = train.mean_y_D.numel(), train.mean_x_P.numel()
     regression = fit_regression(train, held_out, regressor)
+    # The intercept belongs to the weight as it is stored; what fp32 cannot hold of it goes into the residual's mean. On
+    # inputs of condition 1e4 these roundings would otherwise be the largest errors of all.
+    weight_XD = _rounded(regression.weight_PD).double()
+    bias_D = _rounded(train.mean_y_D - train.mean_x_P @ weight_XD).double()
+    regression = dataclasses.replace(regression, weight_PD=weight_XD, bias_D=bias_D)
     residual_DD = train.residual(regression.weight_PD)
-    axes_ND, explained, dropped = _top_axes(residual_DD, D - X)
+    axes_ND, explained, dropped = _top_axes(residual_DD, D - X, train.yy_DD)
     stage = Stage(
         weight_XD=_rounded(regression.weight_PD),
         bias_D=_rounded(regression.bias_D),
@@ -211,7 +218,7 @@ def _naive_stage(name: str, train: Moments, held_out: Moments, regressor: str) -
         torch.cat((torch.cat((m.xx_PP, m.xy_PD), dim=1), torch.cat((m.xy_PD.T, m.yy_DD), dim=1)))
         for m in (train, held_out)
     ]
-    axes, explained, dropped = _top_axes(joined[0], train.mean_y_D.numel())
+    axes, explained, dropped = _top_axes(joined[0], train.mean_y_D.numel(), joined[0])
     stage = Stage(
         weight_XD=None,
         bias_D=None,

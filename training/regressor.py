@@ -17,7 +17,7 @@ from .moments import Moments
 
 REGRESSORS = ("pcr", "ridge", "linear")
 
-_RELATIVE_RANK = 1e-12
+RELATIVE_RANK = 1e-12
 _RIDGE_GRID: tuple[float, ...] = tuple(10.0 ** (exponent / 2) for exponent in range(-16, 3))
 """Strengths in units of the inputs' mean eigenvalue, 1e-8 to 10."""
 
@@ -55,7 +55,7 @@ def principal_axes(covariance_PP: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     """Eigenvalues (P,), largest first, none negative; eigenvectors (P, P), signs fixed; how many are not rounding."""
     values_P, vectors_PP = torch.linalg.eigh(covariance_PP)
     values_P, vectors_PP = values_P.flip(0).clamp(min=0), vectors_PP.flip(1)
-    rank = int((values_P > _RELATIVE_RANK * values_P[0]).sum())
+    rank = int((values_P > RELATIVE_RANK * values_P[0]).sum())
     return values_P, fix_signs(vectors_PP), rank
 
 

@@ -1,15 +1,20 @@
-"""Broken twins of `nested_embed`: each makes one mistake, and must fail the very check that the product passes.
+"""Broken twins of `nested_embed` and of `fit_chain`: each must fail the very check that the product passes.
 
 Shapes: T rows, X width of the row so far, D the new model's width, N dimensions it adds.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from protnest.engine import Chain
 from protnest.kernels.nested_embed import nested_embed_reference
+from protnest.training.chain_fit import fit_chain
+from protnest.training.gram import GramPair
 
 Arguments = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 NestedEmbed = Callable[[Arguments, float | None], torch.Tensor]
@@ -97,3 +102,16 @@ NESTED_MUTANTS: dict[str, NestedEmbed] = {
     "output 0.1 % short": lambda given, eps: nested_embed_reference(*given, eps=eps) * 0.999,
 }
 """Name of the mistake -> a function of (row, hidden, P, G, c) and eps that makes it."""
+
+
+def fit_chain_on_raw(pair: GramPair, *, regressor: str) -> Chain:
+    """The published mismatch: each stage is fitted on the smaller model's raw embedding, and applied to the row so far.
+
+    A chain of two of the models at a time gives these stages; the first one is right, since there the two are the same.
+    """
+    pairs = [
+        fit_chain(pair.select(places), regressor=regressor) for places in itertools.pairwise(range(len(pair.models)))
+    ]
+    return dataclasses.replace(
+        pairs[0], models=pair.models, stages=tuple(chain.stages[0] for chain in pairs), fitted_on="raw"
+    )
