@@ -105,8 +105,9 @@ def test_linear_fit_equals_least_squares_and_svd(condition: float) -> None:
         direct = np.linalg.lstsq(centred, y - y.mean(0), rcond=None)[0]
         predicted = centred @ direct + y.mean(0)
         got = row @ weight + bias + mean
-        # W is stored in fp32: on inputs of condition 1e4 that alone moves a prediction by 1e-6.
-        assert np.abs(got - predicted).max() <= 2e-6 * np.abs(y).max()
+        # W is stored in fp32, which on inputs of condition 1e4 is the larger of the two.
+        stored = np.finfo(np.float32).eps * (np.abs(centred) @ np.abs(weight))
+        assert (np.abs(got - predicted) <= 1e-6 * np.abs(y).max() + stored).all()
         residual = y - predicted
         values, axes = np.linalg.svd(residual - residual.mean(0), full_matrices=False)[1:]
         N = len(components)
