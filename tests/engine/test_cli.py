@@ -40,7 +40,7 @@ def test_version() -> None:
 def test_help_lists_commands_of_other_packages() -> None:
     result = runner.invoke(app, ["--help"])
     assert result.exit_code == 0
-    for command in ("embed", "info", "pretrain"):
+    for command in ("embed", "fit-chain", "import-chain", "info", "pretrain"):
         assert command in result.stdout
     assert "--batch-tokens" in runner.invoke(app, ["pretrain", "--help"]).stdout
 
