@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from protnest.engine import read_embeddings
+from protnest.engine import Chain, read_embeddings
+from protnest.engine.chain import SCHEMA_VERSION as CHAIN_VERSION
 from protnest.engine.store import SCHEMA_VERSION
 
 ARCHIVES = Path(__file__).resolve().parent.parent / "archives"
@@ -36,6 +37,22 @@ def test_store_version_1(pool: str, rows: int, total: float) -> None:
         assert embeddings.offsets.tolist() == [0, 5, 66]
 
 
+@pytest.mark.parametrize(
+    ("kind", "fingerprint"),
+    [("nested", "530ebb1685377a015f2115a6230e3cee"), ("naive", "60d3e1a75446afca0c5f2c3448a0d68b")],
+)
+def test_chain_version_1(kind: str, fingerprint: str) -> None:
+    chain = Chain.load(ARCHIVES / f"chain-v1-{kind}.safetensors")
+    assert chain.fingerprint == fingerprint
+    assert chain.is_naive == (kind == "naive")
+    assert chain.widths == (4, 8, 12)
+    assert [model.name for model in chain.models] == ["tiny4", "tiny8", "tiny12"]
+    assert chain.max_residues == 20
+    assert [stage["held_out_r2"] for stage in chain.report] == [0.5, 0.25]
+
+
 def test_every_schema_version_has_an_archive() -> None:
     for version in range(1, SCHEMA_VERSION + 1):
         assert list(ARCHIVES.glob(f"store-v{version}-*"))
+    for version in range(1, CHAIN_VERSION + 1):
+        assert list(ARCHIVES.glob(f"chain-v{version}-*"))
