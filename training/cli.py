@@ -130,3 +130,70 @@ def fit_chain(
         words = (f"{name} {value:.4g}" for name, value in stage.items() if isinstance(value, int | float))
         console.print(f"{stage['model']}: {', '.join(words)}", markup=False, highlight=False)
     console.print(f"{out}: {' -> '.join(report['models'])}, {chain.regressor}", markup=False, highlight=False)
+
+
+def probe(
+    wt: Annotated[Path, typer.Option(help="FASTA file with the wild type, alone or under --name.")],
+    mutants: Annotated[
+        Path, typer.Option(help="CSV, plain or .gz: `mutant` (A24G, several joined with :) and a score.")
+    ],
+    models: Annotated[str, typer.Option(help="Names, folders or .pt files joined by commas, smallest first.")],
+    chain: Annotated[list[Path] | None, typer.Option(help="Chain file of these models; again for a naive one.")] = None,
+    name: Annotated[str | None, typer.Option(help="Id of the wild type, where the FASTA file holds several.")] = None,
+    column: Annotated[str, typer.Option(help="The score's column.")] = "DMS_score",
+    variants: Annotated[
+        int | None, typer.Option(help="At most so many variants, drawn at random.", min=1, show_default="all")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the results.")] = None,
+    seed: Annotated[int, typer.Option(help="Of folds, draws and bootstrap.", min=0)] = 0,
+    precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], typer.Option(help="Of the models.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    json_output: Annotated[bool, typer.Option("--json", help="Print the report as JSON on standard output.")] = False,
+) -> None:
+    """Judge embeddings on a mutational scan: a ridge probe per model, nested prefix, naive row and concatenation."""
+    import json
+
+    import numpy as np
+    from rich.console import Console
+    from rich.table import Table
+
+    from ..engine.atomic import write_atomically
+    from ..engine.chain import Chain
+    from ..engine.models import load_model
+    from ..engine.progress import EmbedProgress
+    from ..engine.variants import read_scan, read_wild_type
+    from .probe import as_report
+    from .probe import probe as run
+
+    scan, scores = read_scan(mutants, read_wild_type(wt, name), column=column)
+    found = len(scan)
+    if variants is not None and variants < found:
+        chosen = np.sort(np.random.default_rng(seed).permutation(found)[:variants]).tolist()
+        scan, scores = [scan[row] for row in chosen], [scores[row] for row in chosen]
+    chains = [Chain.load(file) for file in chain or ()]
+    encoders = [load_model(each, device=device, precision=precision) for each in models.split(",")]
+    console = Console(stderr=True)
+    with EmbedProgress(console) as progress:
+        progress.start(len(scan), len(encoders) * sum(len(each.sequence) for each in scan), 0)
+        results = run(encoders, scan, scores, chains=chains, seed=seed, after_batch=progress.advance)
+    report = as_report(
+        results,
+        mutants=mutants.name,
+        found=found,
+        variants=len(scan),
+        seed=seed,
+        models=[encoder.name for encoder in encoders],
+    )
+    text = json.dumps(report, indent=1, allow_nan=False) + "\n"
+    if out is not None:
+        write_atomically(out, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    if json_output:
+        typer.echo(json.dumps(report, allow_nan=False))
+        return
+    table = Table("pooling", "variants", "features", "largest model", "width", "Spearman", "95 %", box=None)
+    for each in results:
+        shown = ("", "") if each.spearman is None else (f"{each.spearman:.3f}", f"{each.low:.3f} to {each.high:.3f}")
+        table.add_row(
+            each.pooling, f"{each.variants:,} {each.subset}", each.representation, each.model, str(each.width), *shown
+        )
+    Console(soft_wrap=True).print(table)

@@ -265,3 +265,21 @@ def test_dims_that_need_more_models() -> None:
         Embedder(FAMILY[:2], chain=CHAIN, dims=30)
     with pytest.raises(InputError, match="dims is 16, but a naive chain has no prefixes"):
         Embedder(FAMILY, chain=NAIVE, dims=16)
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("pool", POOLS)
+def test_prefix_bits_and_agreement_on_a_gpu(pool: str, precision: str) -> None:
+    encoders = [encoder.cuda() for encoder in _in(precision)]
+    whole = _rows(Embedder(encoders, chain=CHAIN, pool=pool, max_tokens=256))
+    for count in (1, 2):
+        fewer = _rows(Embedder(encoders[:count], chain=CHAIN, pool=pool, max_tokens=256))
+        assert np.array_equal(fewer, whole[:, : WIDTHS[count - 1]])
+    wanted = _rows(Embedder(FAMILY, chain=CHAIN, pool=pool, max_tokens=256))
+    errors = np.linalg.norm(whole - wanted, axis=1) / np.linalg.norm(wanted, axis=1)
+    assert np.median(errors) <= {"fp32": 1e-5, "bf16": 0.02, "fp16": 0.003}[precision]

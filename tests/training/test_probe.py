@@ -1,0 +1,221 @@
+"""Probes: ridge with cross-validation against the textbook's, ranks, intervals; rows of a chain from pooled embeddings.
+
+Shapes: N examples, P features.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from protnest.engine import Embedder, InputError
+from protnest.engine.checkpoint import save_checkpoint
+from protnest.engine.cli import app
+from protnest.engine.variants import Variant, parse_variant
+from protnest.training import ridge_probe
+from protnest.training.probe import chain_rows, probe, representations, variant_features
+from protnest.training.ridge_probe import FOLDS, bootstrap_interval, cross_validated, ranks, spearman, split
+from typer.testing import CliRunner
+
+from support.families import random_chain, tiny_family
+
+Floats = npt.NDArray[np.float64]
+
+FAMILY = tiny_family()
+CHAIN, NAIVE = random_chain(FAMILY), random_chain(FAMILY, naive=True)
+WILD_TYPE = "MKTAYIAKQRQISFVKSHFS"
+
+
+def _scan(count: int = 60) -> tuple[list[Variant], list[float]]:
+    rng = np.random.default_rng(0)
+    variants = []
+    for number in range(count):
+        sites = sorted(rng.choice(20, size=1 + number % 2, replace=False).tolist())
+        variants.append(":".join(f"{WILD_TYPE[site]}{site + 1}{rng.choice(list('ACDEFGHIKL'))}" for site in sites))
+    return [parse_variant(name, WILD_TYPE) for name in variants], rng.normal(size=count).tolist()
+
+
+def _regression(N: int = 83, P: int = 12, noise: float = 2.0) -> tuple[Floats, Floats]:
+    rng = np.random.default_rng(1)
+    features = rng.normal(size=(N, P)) * rng.uniform(0.1, 3, P) + 5
+    return features, features @ rng.normal(size=P) + noise * rng.normal(size=N) + 7
+
+
+def _textbook(x: Floats, y: Floats, strength: float) -> tuple[Floats, float]:
+    centred = x - x.mean(0)
+    covariance = centred.T @ centred / len(x)
+    unit = np.trace(covariance) / len(covariance)
+    weight = np.linalg.solve(covariance + strength * unit * np.eye(len(covariance)), centred.T @ y / len(x))
+    return weight, float(y.mean() - x.mean(0) @ weight)
+
+
+def test_cross_validation_is_the_textbooks() -> None:
+    x, y = _regression()
+    folds = split(len(y))
+    chosen = []
+    wanted = np.empty(len(y))
+    for fold in range(FOLDS):
+        inside = folds != fold
+        errors = []
+        for strength in ridge_probe._GRID:
+            squares = 0.0
+            for inner in set(range(FOLDS)) - {fold}:
+                fitted, judged = inside & (folds != inner), folds == inner
+                weight, bias = _textbook(x[fitted], y[fitted], strength)
+                squares += np.square(y[judged] - x[judged] @ weight - bias).sum()
+            errors.append(squares)
+        chosen.append(ridge_probe._GRID[int(np.argmin(errors))])
+        weight, bias = _textbook(x[inside], y[inside], chosen[-1])
+        wanted[~inside] = x[~inside] @ weight + bias
+    np.testing.assert_allclose(cross_validated(x, y, folds), wanted, rtol=1e-8)
+    assert ridge_probe._GRID[0] < max(chosen) < ridge_probe._GRID[-1], "the grid's ends decide nothing"
+
+
+def test_no_example_sees_its_own_target() -> None:
+    x, y = _regression()
+    folds = split(len(y))
+    before = cross_validated(x, y, folds)
+    changed = y.copy()
+    changed[folds == 2] += 100 * np.random.default_rng(0).normal(size=(folds == 2).sum())
+    after = cross_validated(x, changed, folds)
+    assert np.array_equal(before[folds == 2], after[folds == 2])
+    assert not np.isclose(before[folds != 2], after[folds != 2]).any()
+
+
+def test_noise_is_not_predicted() -> None:
+    """More features than examples, and nothing in them."""
+    rng = np.random.default_rng(3)
+    x, y = rng.normal(size=(100, 150)), rng.normal(size=100)
+    assert abs(spearman(cross_validated(x, y, split(100)), y)) < 0.3
+
+
+def test_split_is_even_and_seeded() -> None:
+    folds = split(83)
+    assert set(np.bincount(folds).tolist()) == {16, 17}
+    assert np.array_equal(folds, split(83))
+    assert not np.array_equal(folds, split(83, seed=1))
+    assert (np.diff(folds) != 1).any()
+
+
+def test_ranks_and_spearman() -> None:
+    values = np.array([3.0, 1.0, 3.0, 2.0, 3.0])
+    assert ranks(values).tolist() == [4.0, 1.0, 4.0, 2.0, 4.0]
+    assert ranks(np.array([])).tolist() == []
+    rng = np.random.default_rng(0)
+    one, other = rng.permutation(50).astype(float), rng.permutation(50).astype(float)
+    difference = ranks(one) - ranks(other)
+    assert spearman(one, other) == pytest.approx(1 - 6 * (difference @ difference) / (50 * (50**2 - 1)))
+    assert spearman(one, np.exp(one / 10)) == pytest.approx(1)
+    assert spearman(one, -one) == pytest.approx(-1)
+    assert np.isnan(spearman(one, np.ones(50)))
+    assert np.isnan(spearman(one[:2], other[:2]))
+
+
+def test_bootstrap_interval_covers() -> None:
+    """Of 60 draws from a known correlation, at least 50 intervals hold it: 57 are expected."""
+    rng = np.random.default_rng(5)
+    truth = 6 / np.pi * np.arcsin(0.6 / 2)
+    hits = 0
+    for _ in range(60):
+        pair = rng.multivariate_normal([0, 0], [[1, 0.6], [0.6, 1]], size=120)
+        low, high = bootstrap_interval(pair[:, 0], pair[:, 1], samples=200)
+        assert low < high
+        hits += low <= truth <= high
+    assert hits >= 50
+    assert bootstrap_interval(pair[:, 0], pair[:, 1]) == bootstrap_interval(pair[:, 0], pair[:, 1])
+    assert np.isnan(bootstrap_interval(np.ones(9), np.ones(9))).all()
+
+
+def test_features_are_means_over_all_residues_and_over_sites() -> None:
+    variants, _ = _scan(10)
+    features = variant_features(FAMILY[0], variants)
+    for row, variant in enumerate(variants):
+        (residues_LD,) = FAMILY[0].encode([variant.sequence])
+        np.testing.assert_allclose(features["mean"][row], residues_LD.mean(0), atol=1e-5)
+        np.testing.assert_allclose(features["site"][row], residues_LD[list(variant.sites)].mean(0), atol=1e-5)
+
+
+@pytest.mark.parametrize("chain", [CHAIN, NAIVE], ids=["nested", "naive"])
+def test_chain_rows_are_the_embedders(chain: object) -> None:
+    variants, _ = _scan(10)
+    pooled = [variant_features(encoder, variants)["mean"] for encoder in FAMILY]
+    rows = chain_rows(chain, pooled)  # type: ignore[arg-type]
+    wanted = Embedder(FAMILY, chain=chain).embed([variant.sequence for variant in variants])  # type: ignore[arg-type]
+    np.testing.assert_allclose(rows[-1], np.asarray(wanted), atol=1e-4)
+    assert [row.shape[1] for row in rows] == [16, 24, 40]
+
+
+def test_what_is_compared() -> None:
+    raw = [np.zeros((5, encoder.dim)) for encoder in FAMILY]
+    listed = representations(["a", "b", "c"], raw, [CHAIN, NAIVE])
+    assert [(kind, model, features.shape[1]) for kind, model, features in listed] == [
+        ("raw", "a", 16),
+        ("raw", "b", 24),
+        ("raw", "c", 40),
+        ("nested", "b", 24),
+        ("nested", "c", 40),
+        ("naive", "b", 24),
+        ("naive", "c", 40),
+        ("concat", "b", 40),
+        ("concat", "c", 80),
+    ]
+
+
+def test_signal_is_found() -> None:
+    """A score that is a direction of the largest model's embedding is ranked by it, and by rows that hold it."""
+    variants, _ = _scan(80)
+    raw = variant_features(FAMILY[2], variants)["site"]
+    scores = (raw @ np.random.default_rng(0).normal(size=40)).tolist()
+    results = {
+        (each.representation, each.model, each.pooling, each.subset): each
+        for each in probe(FAMILY, variants, scores, chains=[CHAIN])
+    }
+    assert results["raw", "tiny40", "site", "all"].spearman > 0.9  # type: ignore[operator]
+    assert results["concat", "tiny40", "site", "all"].spearman > 0.8  # type: ignore[operator]
+    for each in results.values():
+        assert each.spearman is not None
+        assert each.low is not None
+        assert each.high is not None
+        assert each.low <= each.spearman <= each.high
+    counts = {each.subset: each.variants for each in results.values()}
+    assert counts == {"all": 80, "singles": 40, "multiples": 40}
+
+
+def test_too_few_or_other_models() -> None:
+    variants, scores = _scan(19)
+    with pytest.raises(InputError, match="19 variants are too few for 5 folds: at least 20"):
+        probe(FAMILY, variants, scores)
+    variants, scores = _scan(30)
+    with pytest.raises(InputError, match="the order must be"):
+        probe(FAMILY[::-1], variants, scores, chains=[CHAIN])
+    with pytest.raises(ValueError, match="3 examples do not fill 5 folds"):
+        cross_validated(np.zeros((3, 2)), np.zeros(3), split(3))
+    with pytest.raises(ValueError, match="3 features, 4 targets and 3 folds: they must agree"):
+        cross_validated(np.zeros((3, 2)), np.zeros(4), split(3))
+
+
+def test_command(tmp_path: Path) -> None:
+    for encoder in FAMILY:
+        save_checkpoint(encoder, tmp_path / encoder.name)
+    models = ",".join(str(tmp_path / encoder.name) for encoder in FAMILY)
+    CHAIN.save(tmp_path / "chain")
+    NAIVE.save(tmp_path / "naive")
+    variants, scores = _scan(40)
+    (tmp_path / "wt.fasta").write_text(f">wt\n{WILD_TYPE}\n")
+    rows = "".join(f"{variant.name},{score}\n" for variant, score in zip(variants, scores, strict=True))
+    (tmp_path / "scan.csv").write_text(f"mutant,DMS_score\n{rows}")
+    words = ["probe", "--wt", str(tmp_path / "wt.fasta"), "--mutants", str(tmp_path / "scan.csv"), "--models", models]
+    words += ["--chain", str(tmp_path / "chain"), "--chain", str(tmp_path / "naive"), "--variants", "30"]
+    result = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "out.json"), "--json", "--precision", "fp32"])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert json.loads((tmp_path / "out.json").read_text()) == report
+    assert (report["found"], report["variants"], report["folds"]) == (40, 30, 5)
+    assert len(report["results"]) == 2 * 9 * 3
+    shown = CliRunner().invoke(app, words)
+    assert shown.exit_code == 0
+    assert "nested" in shown.stdout
+    assert "multiples" in shown.stdout

@@ -1,0 +1,163 @@
+"""Supervised probes of a mutational scan: does a nested row know more than each model, and the bigger prefix more?
+
+Each variant is embedded by every model once. Its features are the mean over all residues and the mean over its mutated
+sites. Rows of a chain are made from these: pooling weights add up to one, so a chain's affine map commutes with it.
+
+Shapes: N variants, D width of a model, W of a row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..engine.chain import Chain
+from ..engine.embedder import Embedder
+from ..engine.encoder import Encoder
+from ..engine.errors import InputError
+from ..engine.family import Family
+from ..engine.variants import Variant
+from .ridge_probe import FOLDS, Floats, bootstrap_interval, cross_validated, spearman, split
+
+_VARIANTS_AT_ONCE = 128
+POOLINGS = ("mean", "site")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeResult:
+    """How one representation ranks the variants.
+
+    Attributes:
+        representation: "raw", "nested", "naive" or "concat".
+        model: the largest model behind it.
+        width: features.
+        pooling: "mean" over all residues, or "site", over the mutated ones.
+        subset: "all", "singles" or "multiples".
+        variants: how many it is judged on.
+        spearman, low, high: of predictions with their fold left out, with a 95 % bootstrap interval; None where it is
+            not defined.
+    """
+
+    representation: str
+    model: str
+    width: int
+    pooling: str
+    subset: str
+    variants: int
+    spearman: float | None
+    low: float | None
+    high: float | None
+
+
+def variant_features(
+    encoder: Encoder, variants: Sequence[Variant], *, after_batch: Callable[[int], None] = lambda residues: None
+) -> dict[str, Floats]:
+    """Mean over all residues and over the mutated sites: fp64 (N, D) each, by the names in `POOLINGS`."""
+    embedder = Embedder(encoder, pool="residue")
+    out = {pooling: np.empty((len(variants), encoder.dim)) for pooling in POOLINGS}
+    for begin in range(0, len(variants), _VARIANTS_AT_ONCE):
+        some = variants[begin : begin + _VARIANTS_AT_ONCE]
+        rows = embedder.embed_clean([variant.sequence for variant in some], after_batch=after_batch)
+        for place, (variant, rows_LD) in enumerate(zip(some, rows, strict=True), start=begin):
+            out["mean"][place] = rows_LD.mean(axis=0, dtype=np.float64)
+            out["site"][place] = rows_LD[list(variant.sites)].mean(axis=0, dtype=np.float64)
+    return out
+
+
+def chain_rows(chain: Chain, embeddings: Sequence[Floats]) -> list[Floats]:
+    """The chain's rows after each model, from pooled embeddings of its models: fp64 (N, W) each."""
+    rows = [torch.from_numpy(embeddings[0])]
+    for stage, embedding in zip(chain.stages, embeddings[1:], strict=False):
+        row, y = rows[-1], torch.from_numpy(embedding)
+        mean, components = stage.mean.double(), stage.components.double()
+        if stage.weight_XD is None or stage.bias_D is None:
+            rows.append((torch.cat((row, y), dim=1) - mean) @ components.T)
+        else:
+            missed = y - row @ stage.weight_XD.double() - stage.bias_D.double() - mean
+            rows.append(torch.cat((row, missed @ components.T), dim=1))
+    return [row.numpy() for row in rows]
+
+
+def representations(
+    names: Sequence[str], raw: Sequence[Floats], chains: Sequence[Chain]
+) -> list[tuple[str, str, Floats]]:
+    """What is compared: (kind, largest model, features), from each model's pooled embeddings."""
+    listed = [("raw", name, features) for name, features in zip(names, raw, strict=True)]
+    for chain in chains:
+        kind = "naive" if chain.is_naive else "nested"
+        listed += [(kind, name, row) for name, row in zip(names, chain_rows(chain, raw), strict=True)][1:]
+    listed += [("concat", names[count - 1], np.concatenate(raw[:count], axis=1)) for count in range(2, len(raw) + 1)]
+    return listed
+
+
+def probe(
+    encoders: Sequence[Encoder],
+    variants: Sequence[Variant],
+    scores: Sequence[float],
+    *,
+    chains: Sequence[Chain] = (),
+    seed: int = 0,
+    after_batch: Callable[[int], None] = lambda residues: None,
+) -> list[ProbeResult]:
+    """Judges each model alone, each nested prefix, naive rows and plain concatenations on one scan.
+
+    All use the same folds and the same bootstrap draws, so that their differences are paired.
+
+    Args:
+        encoders: smallest first.
+        variants, scores: the scan.
+        chains: nested or naive, whose models these are.
+        seed: of folds and bootstrap.
+        after_batch: called with the residues that have just been run.
+
+    Raises:
+        InputError: too few variants, or models that are not a chain's.
+    """
+    if len(variants) < 4 * FOLDS:
+        message = f"{len(variants)} variants are too few for {FOLDS} folds: at least {4 * FOLDS}"
+        raise InputError(message)
+    family = Family.of(list(encoders))
+    for chain in chains:
+        chain.check_models(family.members)
+    targets_N = np.array(scores, dtype=np.float64)
+    folds_N = split(len(variants), seed=seed)
+    features = [variant_features(encoder, variants, after_batch=after_batch) for encoder in encoders]
+    names = [encoder.name for encoder in encoders]
+    is_single = np.array([variant.is_single for variant in variants])
+    subsets = {"all": np.ones(len(variants), dtype=bool)}
+    if is_single.any() and not is_single.all():
+        subsets |= {"singles": is_single, "multiples": ~is_single}
+    results = []
+    for pooling in POOLINGS:
+        for kind, model, rows_NW in representations(names, [each[pooling] for each in features], chains):
+            predicted_N = cross_validated(rows_NW, targets_N, folds_N)
+            for subset, member in subsets.items():
+                low, high = bootstrap_interval(predicted_N[member], targets_N[member], seed=seed)
+                results.append(
+                    ProbeResult(
+                        representation=kind,
+                        model=model,
+                        width=rows_NW.shape[1],
+                        pooling=pooling,
+                        subset=subset,
+                        variants=int(member.sum()),
+                        spearman=_finite(spearman(predicted_N[member], targets_N[member])),
+                        low=_finite(low),
+                        high=_finite(high),
+                    )
+                )
+    return results
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def as_report(results: Sequence[ProbeResult], **facts: object) -> dict[str, Any]:
+    """What the JSON file holds."""
+    return {**facts, "folds": FOLDS, "results": [asdict(result) for result in results]}

@@ -1,0 +1,141 @@
+"""A ridge probe with cross-validation, and how well its predictions rank.
+
+Five folds; in each, the strength is the one of a grid with the least squared error over the remaining folds, each left
+out in turn. Everything follows from one Gram a fold, of features and target side by side.
+
+Shapes: N examples, P features.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from .gram import Gram
+
+Floats = npt.NDArray[np.float64]
+
+FOLDS = 5
+_GRID: tuple[float, ...] = tuple(10.0**exponent for exponent in range(-6, 3))
+"""Strengths in units of the features' mean variance."""
+
+
+def split(examples: int, *, seed: int = 0) -> npt.NDArray[np.int64]:
+    """A fold for each of N examples, int64 (N,), drawn at random, sizes as equal as can be."""
+    folds = np.arange(examples, dtype=np.int64) % FOLDS
+    return np.random.default_rng(seed).permutation(folds)
+
+
+def _gram(features_NP: Floats, targets_N: Floats) -> Gram:
+    gram = Gram(features_NP.shape[1] + 1)
+    gram.add(torch.from_numpy(np.column_stack((features_NP, targets_N))))
+    return gram
+
+
+def _merged(grams: list[Gram]) -> Gram:
+    total = Gram(grams[0].mean_Z.numel())
+    for gram in grams:
+        total.merge(gram)
+    return total
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Solver:
+    """Ridge solutions of one Gram at any strength, from one eigendecomposition."""
+
+    mean_Z: torch.Tensor
+    values_P: torch.Tensor
+    vectors_PP: torch.Tensor
+    turned_P: torch.Tensor
+
+    @classmethod
+    def of(cls, gram: Gram) -> _Solver:
+        covariance_ZZ = gram.covariance_ZZ
+        values_P, vectors_PP = torch.linalg.eigh(covariance_ZZ[:-1, :-1])
+        return cls(
+            mean_Z=gram.mean_Z,
+            values_P=values_P.clamp(min=0),
+            vectors_PP=vectors_PP,
+            turned_P=vectors_PP.T @ covariance_ZZ[:-1, -1],
+        )
+
+    def weight(self, strength: float) -> torch.Tensor:
+        unit = float(self.values_P.mean()) or 1.0
+        return self.vectors_PP @ (self.turned_P / (self.values_P + strength * unit))
+
+    def error(self, gram: Gram, strength: float) -> float:
+        """Mean squared error on another Gram's rows."""
+        weight_P = self.weight(strength)
+        direction_Z = torch.cat((-weight_P, torch.ones(1, dtype=torch.float64)))
+        offset = (gram.mean_Z - self.mean_Z) @ direction_Z
+        return float(direction_Z @ gram.covariance_ZZ @ direction_Z + offset**2)
+
+
+def cross_validated(features_NP: Floats, targets_N: Floats, folds_N: npt.NDArray[np.int64]) -> Floats:
+    """What a ridge probe predicts for each example when its fold is left out: fp64 (N,).
+
+    Raises:
+        ValueError: a fold is empty, or the lengths differ.
+    """
+    if not len(features_NP) == len(targets_N) == len(folds_N):
+        message = f"{len(features_NP)} features, {len(targets_N)} targets and {len(folds_N)} folds: they must agree"
+        raise ValueError(message)
+    members = [folds_N == fold for fold in range(FOLDS)]
+    if not all(member.any() for member in members):
+        message = f"{len(folds_N)} examples do not fill {FOLDS} folds"
+        raise ValueError(message)
+    grams = [_gram(features_NP[member], targets_N[member]) for member in members]
+    predicted_N = np.empty(len(targets_N))
+    for fold, member in enumerate(members):
+        others = [gram for place, gram in enumerate(grams) if place != fold]
+        strength = _best_strength(others)
+        solver = _Solver.of(_merged(others))
+        mean_P, mean = solver.mean_Z[:-1].numpy(), float(solver.mean_Z[-1])
+        predicted_N[member] = (features_NP[member] - mean_P) @ solver.weight(strength).numpy() + mean
+    return predicted_N
+
+
+def _best_strength(grams: list[Gram]) -> float:
+    errors = np.zeros(len(_GRID))
+    for place, left_out in enumerate(grams):
+        solver = _Solver.of(_merged([gram for other, gram in enumerate(grams) if other != place]))
+        errors += [solver.error(left_out, strength) * left_out.count for strength in _GRID]
+    return _GRID[int(errors.argmin())]
+
+
+def ranks(values_N: Floats) -> Floats:
+    """Ranks from 1, ties sharing their mean: fp64 (N,)."""
+    order = values_N.argsort(kind="stable")
+    sorted_N = values_N[order]
+    begins = np.flatnonzero(np.concatenate(([True], sorted_N[1:] != sorted_N[:-1])))
+    ends = np.append(begins[1:], len(values_N))
+    out = np.empty(len(values_N))
+    out[order] = np.repeat((begins + ends + 1) / 2, ends - begins)
+    return out
+
+
+def spearman(one_N: Floats, other_N: Floats) -> float:
+    """Spearman's rank correlation; NaN where one of them does not vary or there are fewer than three."""
+    if len(one_N) < 3:
+        return float("nan")
+    a, b = (each - each.mean() for each in (ranks(one_N), ranks(other_N)))
+    scale = float(np.sqrt((a @ a) * (b @ b)))
+    return float(a @ b) / scale if scale > 0 else float("nan")
+
+
+def bootstrap_interval(
+    one_N: Floats, other_N: Floats, *, samples: int = 1000, level: float = 0.95, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile interval of `spearman` over examples drawn with replacement: the same ones for the same N and seed."""
+    rng = np.random.default_rng(seed)
+    drawn = [rng.integers(len(one_N), size=len(one_N)) for _ in itertools.repeat(None, samples)]
+    values = np.array([spearman(one_N[rows], other_N[rows]) for rows in drawn])
+    values = values[np.isfinite(values)]
+    if not values.size:
+        return float("nan"), float("nan")
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
