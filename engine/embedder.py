@@ -180,7 +180,6 @@ class Embedder:
                         gathered.take(level, number, batch, packed, self._family[level])
                 if after_batch is not None and turn[-1] == levels[-1]:
                     after_batch(sum(piece.end - piece.begin for piece in batch))
-            gathered.leave()
         with torch.inference_mode():
             return gathered.result()
 
@@ -188,8 +187,9 @@ class Embedder:
         width = self.dims[-1]
         if self._nesting is None:
             return PlainRows(self.pool, proteins, width)
-        route = PooledNesting if self.pool in ("mean", "bos") else ResidueNesting
-        return route(self._nesting, self.pool, proteins, width)
+        if self.pool in ("mean", "bos"):
+            return PooledNesting(self._nesting, self.pool, proteins, width)
+        return ResidueNesting(self._nesting, self.pool, proteins, width, resident=self._family.resident)
 
     def _plan(self, pieces: list[Piece]) -> Iterator[list[Piece]]:
         order, offsets = plan_batches([piece.tokens for piece in pieces], self.max_tokens)

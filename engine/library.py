@@ -274,7 +274,8 @@ def _fill(
     """Embeds the shards that the store lacks: their proteins, residues, and how many proteins carry each flag."""
     width = embedder.dims[-1]
     max_residues = SHARD_RESIDUES
-    if embedder.pool == "residue":
+    # With a chain the maximum is taken of projected residues, which wait for the next model in --sequential.
+    if embedder.pool == "residue" or (embedder.chain is not None and embedder.pool == "max"):
         max_residues = min(max_residues, max(1, _SHARD_BYTES // (4 * width)))
     records = read_fasta(fasta, invalid=options.invalid, quiet=True)
     embedded = residues = done = 0

@@ -33,9 +33,6 @@ class Gathering(Protocol):
     def take(self, level: int, number: int, pieces: Sequence[Piece], packed: PackedBatch, encoder: Encoder) -> None:
         """Runs batch `number` through the model at `level`. Levels of one batch come in order."""
 
-    def leave(self) -> None:
-        """All batches have passed a level, and its model makes room for the next one."""
-
     def result(self) -> Floats | list[Floats]:
         """float32 (B, W), or of each protein (L, W)."""
 
@@ -48,9 +45,6 @@ class PlainRows:
 
     def take(self, level: int, number: int, pieces: Sequence[Piece], packed: PackedBatch, encoder: Encoder) -> None:
         self._rows.add(pieces, packed, encoder(packed).hidden_TD)
-
-    def leave(self) -> None:
-        pass
 
     def result(self) -> Floats | list[Floats]:
         return self._rows.result()
@@ -117,9 +111,6 @@ class PooledNesting:
             hidden_TD = F.layer_norm(stream_TD, stream_TD.shape[-1:], eps=encoder.config.layer_norm_eps)
         self._levels[level].add(pieces, packed, hidden_TD)
 
-    def leave(self) -> None:
-        pass
-
     def result(self) -> Floats:
         nesting, cpu = self._nesting, torch.device("cpu")
         pooled = [torch.from_numpy(rows.result()) for rows in self._levels]
@@ -137,9 +128,10 @@ class ResidueNesting:
     A batch's rows wait on the CPU between levels where only one model is in memory, else they stay where they are.
     """
 
-    def __init__(self, nesting: Nesting, pool: str, proteins: int, width: int) -> None:
+    def __init__(self, nesting: Nesting, pool: str, proteins: int, width: int, *, resident: bool) -> None:
         self._nesting = nesting
         self._width = width
+        self._resident = resident
         self._rows = ResidueRows(width) if pool == "residue" else PooledRows(pool, proteins, width)
         self._waiting: dict[int, torch.Tensor] = {}
         device = nesting.members[0].device
@@ -159,12 +151,9 @@ class ResidueNesting:
             eps = encoder.config.layer_norm_eps
             nesting.append(row_TW, level, encoder.stream(packed), self._folds[level - 1], eps=eps)
         if level + 1 < len(nesting.widths):
-            self._waiting[number] = row_TW
+            self._waiting[number] = row_TW if self._resident else row_TW.cpu()
         else:
             self._rows.add(pieces, packed, row_TW[:, : self._width])
-
-    def leave(self) -> None:
-        self._waiting = {number: row_TW.cpu() for number, row_TW in self._waiting.items()}
 
     def result(self) -> Floats | list[Floats]:
         return self._rows.result()

@@ -160,33 +160,35 @@ _STAGES = ((320, 480), (480, 640), (640, 1280), (1280, 2560), (2560, 5120), (128
 
 
 def launches() -> list[Launch]:
-    """Every way in which the kernel is launched for the published and the bundled families."""
-    listed = []
-    for weight_dtype, type_name in _TYPES.items():
-        for X, D in _STAGES:
-            tiles = _tiles(D - X, weight_dtype)
-            constexprs: dict[str, object] = {"X": X, "D": D, "N": D - X, "NORMALISE": True, "INTERPRET": False}
-            constexprs |= {"BT": tiles.BT, "BN": tiles.BN, "BK": tiles.BK}
-            signature = {
-                "row_ptr": "*fp32",
-                "hidden_ptr": "*fp32",
-                "projection_ptr": f"*{type_name}",
-                "base_ptr": f"*{type_name}",
-                "offset_ptr": "*fp32",
-                "T": "i32",
-                "row_stride": "i32",
-                "hidden_stride": "i32",
-                "eps": "fp32",
-                **dict.fromkeys(constexprs, "constexpr"),
-            }
-            listed.append(
-                Launch(
-                    name=f"nested_embed {X} -> {D} {type_name}",
-                    kernel=_nested_embed_fwd_kernel,
-                    signature=signature,
-                    constexprs=constexprs,
-                    num_warps=tiles.num_warps,
-                    num_stages=tiles.num_stages,
-                )
-            )
-    return listed
+    """The ways in which the kernel is launched for the published and the bundled families: fp32 hidden states, as the
+    encoder's residual stream has them, and for one stage narrow and normalised ones too."""
+    listed = [_launch(X, D, weight, torch.float32, True) for weight in _TYPES for X, D in _STAGES]
+    listed += [_launch(640, 1280, weight, weight, True) for weight in (torch.bfloat16, torch.float16)]
+    return [*listed, *(_launch(640, 1280, weight, torch.float32, False) for weight in _TYPES)]
+
+
+def _launch(X: int, D: int, weight_dtype: torch.dtype, hidden_dtype: torch.dtype, normalise: bool) -> Launch:
+    tiles = _tiles(D - X, weight_dtype)
+    constexprs: dict[str, object] = {"X": X, "D": D, "N": D - X, "NORMALISE": normalise, "INTERPRET": False}
+    constexprs |= {"BT": tiles.BT, "BN": tiles.BN, "BK": tiles.BK}
+    signature = {
+        "row_ptr": "*fp32",
+        "hidden_ptr": f"*{_TYPES[hidden_dtype]}",
+        "projection_ptr": f"*{_TYPES[weight_dtype]}",
+        "base_ptr": f"*{_TYPES[weight_dtype]}",
+        "offset_ptr": "*fp32",
+        "T": "i32",
+        "row_stride": "i32",
+        "hidden_stride": "i32",
+        "eps": "fp32",
+        **dict.fromkeys(constexprs, "constexpr"),
+    }
+    words = f"{X} -> {D}, weights {_TYPES[weight_dtype]}, hidden {_TYPES[hidden_dtype]}"
+    return Launch(
+        name=f"nested_embed {words}{'' if normalise else ', normalised'}",
+        kernel=_nested_embed_fwd_kernel,
+        signature=signature,
+        constexprs=constexprs,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    )
