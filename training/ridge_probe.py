@@ -9,6 +9,7 @@ Shapes: N examples, P features.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +21,7 @@ from .gram import Gram
 Floats = npt.NDArray[np.float64]
 
 FOLDS = 5
-_GRID: tuple[float, ...] = tuple(10.0**exponent for exponent in range(-6, 3))
+STRENGTHS: tuple[float, ...] = tuple(10.0**exponent for exponent in range(-6, 3))
 """Strengths in units of the features' mean variance."""
 
 
@@ -36,7 +37,8 @@ def _gram(features_NP: Floats, targets_N: Floats) -> Gram:
     return gram
 
 
-def _merged(grams: list[Gram]) -> Gram:
+def merged(grams: Sequence[Gram]) -> Gram:
+    """One Gram of the rows of all."""
     total = Gram(grams[0].mean_Z.numel())
     for gram in grams:
         total.merge(gram)
@@ -93,18 +95,18 @@ def cross_validated(features_NP: Floats, targets_N: Floats, folds_N: npt.NDArray
     for fold, member in enumerate(members):
         others = [gram for place, gram in enumerate(grams) if place != fold]
         strength = _best_strength(others)
-        solver = _Solver.of(_merged(others))
+        solver = _Solver.of(merged(others))
         mean_P, mean = solver.mean_Z[:-1].numpy(), float(solver.mean_Z[-1])
         predicted_N[member] = (features_NP[member] - mean_P) @ solver.weight(strength).numpy() + mean
     return predicted_N
 
 
 def _best_strength(grams: list[Gram]) -> float:
-    errors = np.zeros(len(_GRID))
+    errors = np.zeros(len(STRENGTHS))
     for place, left_out in enumerate(grams):
-        solver = _Solver.of(_merged([gram for other, gram in enumerate(grams) if other != place]))
-        errors += [solver.error(left_out, strength) * left_out.count for strength in _GRID]
-    return _GRID[int(errors.argmin())]
+        solver = _Solver.of(merged([gram for other, gram in enumerate(grams) if other != place]))
+        errors += [solver.error(left_out, strength) * left_out.count for strength in STRENGTHS]
+    return STRENGTHS[int(errors.argmin())]
 
 
 def ranks(values_N: Floats) -> Floats:

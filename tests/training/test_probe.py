@@ -60,18 +60,18 @@ def test_cross_validation_is_the_textbooks() -> None:
     for fold in range(FOLDS):
         inside = folds != fold
         errors = []
-        for strength in ridge_probe._GRID:
+        for strength in ridge_probe.STRENGTHS:
             squares = 0.0
             for inner in set(range(FOLDS)) - {fold}:
                 fitted, judged = inside & (folds != inner), folds == inner
                 weight, bias = _textbook(x[fitted], y[fitted], strength)
                 squares += np.square(y[judged] - x[judged] @ weight - bias).sum()
             errors.append(squares)
-        chosen.append(ridge_probe._GRID[int(np.argmin(errors))])
+        chosen.append(ridge_probe.STRENGTHS[int(np.argmin(errors))])
         weight, bias = _textbook(x[inside], y[inside], chosen[-1])
         wanted[~inside] = x[~inside] @ weight + bias
     np.testing.assert_allclose(cross_validated(x, y, folds), wanted, rtol=1e-8)
-    assert ridge_probe._GRID[0] < max(chosen) < ridge_probe._GRID[-1], "the grid's ends decide nothing"
+    assert ridge_probe.STRENGTHS[0] < max(chosen) < ridge_probe.STRENGTHS[-1], "the grid's ends decide nothing"
 
 
 def test_no_example_sees_its_own_target() -> None:
