@@ -155,7 +155,7 @@ def probe(
 
     import numpy as np
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from ..engine.atomic import write_atomically
     from ..engine.chain import Chain
@@ -190,7 +190,8 @@ def probe(
     if json_output:
         typer.echo(json.dumps(report, allow_nan=False))
         return
-    table = Table("pooling", "variants", "features", "largest model", "width", "Spearman", "95 %", box=None)
+    largest = Column("largest model", overflow="fold")
+    table = Table("pooling", "variants", "features", largest, "width", "Spearman", "95 %", box=None)
     for each in results:
         shown = ("", "") if each.spearman is None else (f"{each.spearman:.3f}", f"{each.low:.3f} to {each.high:.3f}")
         table.add_row(
