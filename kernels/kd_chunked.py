@@ -33,9 +33,9 @@ def losses(
     hard_N: torch.Tensor,
     options: KDOptions,
     results: RowResults,
-    first_row: int = 0,
+    row_numbers: torch.Tensor | None = None,
 ) -> None:
-    """Fills `results` for the rows that `soft_N` or `hard_N` names, but for their weights.
+    """Fills `results` for the rows that `soft_N` or `hard_N` names, but for their weights, and entropies only if asked.
 
     Args:
         student_NV: (N, V), any floating dtype.
@@ -45,7 +45,7 @@ def losses(
         hard_N: bool (N,).
         options: temperature, smoothing, switches.
         results: of N rows; its dtype is that of the work.
-        first_row: number of the first row, for messages.
+        row_numbers: integers (N,), what messages call the rows; by default 0 to N - 1.
 
     Raises:
         ValueError: a row that counts holds NaN or an infinity (on the CPU).
@@ -54,8 +54,8 @@ def losses(
     for own in block.of_rows(soft_N | hard_N):
         found = results.of_block(own)
         kept = RowScalars(*found.kept_SN)
-        block.student.load("student_logits", first_row + own.start, student_NV[own], options.temperature)
-        block.teacher.load("teacher_logits", first_row + own.start, teacher_NV[own], options.temperature)
+        block.student.load("student_logits", (own.start, row_numbers), student_NV[own], options.temperature)
+        block.teacher.load("teacher_logits", (own.start, row_numbers), teacher_NV[own], options.temperature)
         if options.smooth:
             kept.eps.copy_(options.smoothing * (1 - 1 / block.teacher.total_C1[:, 0]))
         if options.uncertainty:
@@ -72,11 +72,13 @@ def losses(
             total.copy_(side.total_C1[:, 0])
 
 
-def entropies(teacher_NV: torch.Tensor, used_N: torch.Tensor, entropy_N: torch.Tensor, first_row: int = 0) -> None:
+def entropies(
+    teacher_NV: torch.Tensor, used_N: torch.Tensor, entropy_N: torch.Tensor, row_numbers: torch.Tensor | None = None
+) -> None:
     """Fills `entropy_N` with the entropy of softmax(t) of the rows that `used_N` names; arguments as in `losses`."""
     block = RowBlock(teacher_NV.shape[1], 1.0, entropy_N)
     for own in block.of_rows(used_N):
-        block.teacher.load("teacher_logits", first_row + own.start, teacher_NV[own], 1.0)
+        block.teacher.load("teacher_logits", (own.start, row_numbers), teacher_NV[own], 1.0)
         entropy_N[own] = block.entropy()
 
 
@@ -119,8 +121,16 @@ class Side:
     def __init__(self, rows: int, vocabulary: int, like: torch.Tensor) -> None:
         self._buffers = like.new_empty(2, rows, vocabulary)
 
-    def load(self, name: str, first_row: int, logits_CV: torch.Tensor, temperature: float) -> None:
-        """Takes logits in; on the CPU it looks for NaN and infinities and names the row, counted from `first_row`.
+    def load(
+        self, name: str, first: tuple[int, torch.Tensor | None], logits_CV: torch.Tensor, temperature: float
+    ) -> None:
+        """Takes logits in; on the CPU it looks for NaN and infinities and names the row.
+
+        Args:
+            name: of the logits, for messages.
+            first: the first row's place, and what messages call all rows, see `losses`.
+            logits_CV: (C, V), any floating dtype.
+            temperature: T.
 
         Raises:
             ValueError: there are some.
@@ -132,7 +142,7 @@ class Side:
             # Finite logits have finite sums, except where the sum overflows: a closer look clears those.
             broken_C = ~torch.isfinite(logits_CV).all(dim=-1)
             if bool(broken_C.any()):
-                raise not_finite(name, first_row + int(broken_C.nonzero()[0]))
+                raise not_finite(name, first[0] + int(broken_C.nonzero()[0]), first[1])
 
     def reload(self, logits_CV: torch.Tensor, max_C: torch.Tensor, total_C: torch.Tensor, temperature: float) -> None:
         """Takes logits in whose maxima and sums are known."""

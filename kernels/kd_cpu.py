@@ -50,7 +50,7 @@ def losses(
     hard_N: torch.Tensor,
     options: KDOptions,
     results: RowResults,
-    first_row: int = 0,
+    row_numbers: torch.Tensor | None = None,
 ) -> None:
     """See `kd_chunked.losses`."""
     smoothing = options.smoothing if options.smooth else 0.0
@@ -62,21 +62,28 @@ def losses(
             _plain(student_NV[own]), _plain(teacher_NV[own]), *rows, *settings, *(values.numpy() for values in block)
         )
         if bad_student >= 0:
-            raise not_finite("student_logits", first_row + own.start + bad_student)
+            raise not_finite("student_logits", own.start + bad_student, row_numbers)
         if bad_teacher >= 0:
-            raise not_finite("teacher_logits", first_row + own.start + bad_teacher)
-        for into, found in zip(results.of_block(own), block, strict=True):
-            into.copy_(found)
+            raise not_finite("teacher_logits", own.start + bad_teacher, row_numbers)
+        into = results.of_block(own)
+        # The weights are not the extension's to write.
+        into.kept_SN[:-1] = block.kept_SN[:-1]
+        into.soft_loss_N.copy_(block.soft_loss_N)
+        into.hard_loss_N.copy_(block.hard_loss_N)
+        if options.uncertainty:
+            into.entropy_N.copy_(block.entropy_N)
 
 
-def entropies(teacher_NV: torch.Tensor, used_N: torch.Tensor, entropy_N: torch.Tensor, first_row: int = 0) -> None:
+def entropies(
+    teacher_NV: torch.Tensor, used_N: torch.Tensor, entropy_N: torch.Tensor, row_numbers: torch.Tensor | None = None
+) -> None:
     """See `kd_chunked.entropies`."""
     for own in _blocks(teacher_NV):
         used = used_N[own].contiguous().numpy()
         threads = torch.get_num_threads()
         bad = _extension().entropies(_plain(teacher_NV[own]), used, threads, entropy_N[own].numpy())
         if bad >= 0:
-            raise not_finite("teacher_logits", first_row + own.start + bad)
+            raise not_finite("teacher_logits", own.start + bad, row_numbers)
 
 
 def gradient(

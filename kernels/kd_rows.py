@@ -139,6 +139,13 @@ def sum_rows(results: RowResults, scales: torch.Tensor, temperature: float) -> t
     return temperature * scales[0] * (weight_N * results.soft_loss_N).sum() + scales[1] * results.hard_loss_N.sum()
 
 
-def not_finite(name: str, row: int) -> ValueError:
-    """The error that says which row of which logits holds NaN or an infinity."""
+def not_finite(name: str, place: int, row_numbers: torch.Tensor | None) -> ValueError:
+    """The error that says which row of which logits holds NaN or an infinity.
+
+    Args:
+        name: of the logits.
+        place: of the row among those that were looked at.
+        row_numbers: what the caller calls these rows, (N,); None where they are all there are.
+    """
+    row = place if row_numbers is None else int(row_numbers[place])
     return ValueError(f"{name}[{row}] holds NaN or an infinity, expected finite numbers")
