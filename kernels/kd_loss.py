@@ -170,9 +170,7 @@ def _gradient_op(
     """Writes dloss / ds times `grad_loss` into `out_NV`, which holds the student's logits where `student_NV` is None."""
     given_NV = out_NV if student_NV is None else student_NV
     hard_N = labels_N != ignore_index
-    rows_module(impl).gradient(
-        out_NV, given_NV, teacher_NV, labels_N, hard_N, kept_SN, scales * grad_loss, temperature
-    )
+    rows_module(impl).gradient(out_NV, given_NV, teacher_NV, labels_N, hard_N, kept_SN, scales * grad_loss, temperature)
 
 
 @_gradient_op.register_fake
@@ -190,7 +188,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
 def _backward(ctx: Any, grad_loss: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     # Once the logits are overwritten, torch refuses to unpack them again: a second backward raises.
     student_NV, teacher_NV, labels_N, kept_SN, scales = ctx.saved_tensors
-    out_NV = student_NV.detach() if ctx.inplace else torch.empty_like(student_NV)
+    out_NV = student_NV.detach() if ctx.inplace else torch.empty_like(student_NV, memory_format=torch.contiguous_format)
     given_NV = None if ctx.inplace else student_NV
     rest = (teacher_NV, labels_N, kept_SN, scales, ctx.temperature, ctx.ignore_index, ctx.impl)
     _gradient_op(out_NV, grad_loss, given_NV, *rest)
@@ -310,7 +308,9 @@ def kd_loss(
     if chosen == "reference":
         return kd_loss_reference(student_logits, teacher_logits, labels, cu_seqlens, soft_rows, options=options)
     if inplace and student_logits.stride(1) != 1:
-        message = f"inplace needs logits whose rows are contiguous, student_logits has strides {student_logits.stride()}"
+        message = (
+            f"inplace needs logits whose rows are contiguous, student_logits has strides {student_logits.stride()}"
+        )
         raise ValueError(message)
     loss, _, _ = _kd_loss_op(
         student_logits,

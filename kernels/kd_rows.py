@@ -119,9 +119,7 @@ def weigh_rows(
     return entropy_weights(entropy_N, soft_N, segment_of_rows(cu_seqlens, soft_N.numel()), segments)
 
 
-def loss_scales(
-    weight_N: torch.Tensor, soft_N: torch.Tensor, hard_N: torch.Tensor, options: KDOptions
-) -> torch.Tensor:
+def loss_scales(weight_N: torch.Tensor, soft_N: torch.Tensor, hard_N: torch.Tensor, options: KDOptions) -> torch.Tensor:
     """What weights and hard rows are multiplied by in the gradient: (1 - alpha) T / n and alpha / n_hard, (2,)."""
     dtype = weight_N.dtype
     if options.weight_normalization == "weight":
