@@ -120,7 +120,7 @@ def embed(
     ] = "1,1024,2048,4096",
     pass_seconds: Annotated[
         float, typer.Option(help="A pair runs as many of the proteins as the slower engine does in this time.")
-    ] = float("inf"),
+    ] = 15.0,
     threads: Annotated[int | None, typer.Option(help="CPU threads; torch's own choice by default.", min=1)] = None,
     fasta: Annotated[
         Path | None, typer.Option(help="Proteins; by default those beside the checkout, else made up ones.")

@@ -1,6 +1,6 @@
 """The distillation loss in torch, a block of rows at a time, in buffers of bounded size. `kd_loss` has the formulas.
 
-With y = (z - max z) / T and e = exp(y) of the student (s) and the teacher (t), everything follows from sums along a row:
+With y = (z - max z) / T and e = exp(y) of the student (s) and the teacher (t), all follows from sums along a row:
 
     H = log sum e1 - sum e1 x / sum e1            x = T y, e1 = exp(x); at T = 2, e1 = e^2, which saves an exponential
     eps = lambda (1 - 1 / sum e_t),  pbar = (1 - eps) e_t / sum e_t + eps / V
@@ -118,6 +118,11 @@ def gradient(
 class Side:
     """One model's logits of a block: `shifted_CV` holds y, `exps_CV` e; the others are (C, 1)."""
 
+    shifted_CV: torch.Tensor
+    exps_CV: torch.Tensor
+    max_C1: torch.Tensor
+    total_C1: torch.Tensor
+
     def __init__(self, rows: int, vocabulary: int, like: torch.Tensor) -> None:
         self._buffers = like.new_empty(2, rows, vocabulary)
 
@@ -142,7 +147,8 @@ class Side:
             # Finite logits have finite sums, except where the sum overflows: a closer look clears those.
             broken_C = ~torch.isfinite(logits_CV).all(dim=-1)
             if bool(broken_C.any()):
-                raise not_finite(name, first[0] + int(broken_C.nonzero()[0]), first[1])
+                place = first[0] + int(broken_C.nonzero()[0])
+                raise not_finite(name, place, first[1])
 
     def reload(self, logits_CV: torch.Tensor, max_C: torch.Tensor, total_C: torch.Tensor, temperature: float) -> None:
         """Takes logits in whose maxima and sums are known."""

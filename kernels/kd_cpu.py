@@ -61,10 +61,9 @@ def losses(
         bad_student, bad_teacher = _extension().kd_loss_forward(
             _plain(student_NV[own]), _plain(teacher_NV[own]), *rows, *settings, *(values.numpy() for values in block)
         )
-        if bad_student >= 0:
-            raise not_finite("student_logits", own.start + bad_student, row_numbers)
-        if bad_teacher >= 0:
-            raise not_finite("teacher_logits", own.start + bad_teacher, row_numbers)
+        for name, bad in (("student_logits", bad_student), ("teacher_logits", bad_teacher)):
+            if bad >= 0:
+                raise not_finite(name, own.start + bad, row_numbers)
         into = results.of_block(own)
         # The weights are not the extension's to write.
         into.kept_SN[:-1] = block.kept_SN[:-1]
@@ -83,7 +82,8 @@ def entropies(
         threads = torch.get_num_threads()
         bad = _extension().entropies(_plain(teacher_NV[own]), used, threads, entropy_N[own].numpy())
         if bad >= 0:
-            raise not_finite("teacher_logits", own.start + bad, row_numbers)
+            name = "teacher_logits"
+            raise not_finite(name, own.start + bad, row_numbers)
 
 
 def gradient(

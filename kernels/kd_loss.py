@@ -19,7 +19,7 @@ Implementations:
     reference  the formulas above, one by one, differentiated by torch: the oracle. Some 20 (N, V) temporaries.
     chunked    torch on blocks of rows of bounded size; any device, fp64 too.
     cpu        the C++ extension, vectorised, each row in the second-level cache; fp32, and 16-bit logits widened.
-    triton     one program a row, or a few rows a program where V <= 256. CUDA, compute capability >= 8.0.
+    triton     one program a row, or a few rows a program where V <= 128. CUDA, compute capability >= 8.0.
 
 The last three keep seven numbers a row for the gradient, which is worked out anew from the logits.
 
@@ -167,7 +167,7 @@ def _gradient_op(
     ignore_index: int,
     impl: str,
 ) -> None:
-    """Writes dloss / ds times `grad_loss` into `out_NV`, which holds the student's logits where `student_NV` is None."""
+    """Writes dloss / ds times `grad_loss` into `out_NV`: the student's logits, where `student_NV` is None."""
     given_NV = out_NV if student_NV is None else student_NV
     hard_N = labels_N != ignore_index
     rows_module(impl).gradient(out_NV, given_NV, teacher_NV, labels_N, hard_N, kept_SN, scales * grad_loss, temperature)
@@ -303,7 +303,8 @@ def kd_loss(
         ignore_index=ignore_index,
     )
     check_logits(student_logits, teacher_logits)
-    check_rows(*student_logits.shape, student_logits.device, labels, cu_seqlens, soft_rows, ignore_index)
+    N, V = student_logits.shape
+    check_rows(N, V, student_logits.device, labels, cu_seqlens, soft_rows, ignore_index)
     chosen = choose_impl("kd_loss", impl, student_logits, teacher_logits)
     if chosen == "reference":
         return kd_loss_reference(student_logits, teacher_logits, labels, cu_seqlens, soft_rows, options=options)
@@ -312,7 +313,7 @@ def kd_loss(
             f"inplace needs logits whose rows are contiguous, student_logits has strides {student_logits.stride()}"
         )
         raise ValueError(message)
-    loss, _, _ = _kd_loss_op(
+    outputs: tuple[torch.Tensor, ...] = _kd_loss_op(
         student_logits,
         teacher_logits.detach(),
         labels,
@@ -328,4 +329,4 @@ def kd_loss(
         inplace,
         chosen,
     )
-    return loss
+    return outputs[0]

@@ -105,7 +105,7 @@ def check_rows(
 ) -> None:
     """Labels, segments and the choice of rows fit N rows of V logits.
 
-    Shapes, dtypes and devices are looked at always; values on the CPU only, since on a GPU that would make the host wait.
+    Shapes, dtypes and devices are looked at always; values on the CPU only: on a GPU the host would wait.
 
     Raises:
         ValueError: they do not; with what was given and what was expected.

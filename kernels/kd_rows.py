@@ -1,7 +1,7 @@
-"""What the implementations of the distillation loss share: what is found out about a row, its weight, the sum of rows.
+"""What implementations of the distillation loss share: what is found out about a row, its weight, the sum of rows.
 
-An implementation (`kd_chunked`, `kd_cpu`, `gpu.kd_loss`) has three functions of blocks of rows, `losses`, `entropies` and
-`gradient`, with the arguments of those in `kd_chunked`.
+An implementation (`kd_chunked`, `kd_cpu`, `gpu.kd_loss`) has three functions of blocks of rows, `losses`, `entropies`
+and `gradient`, with the arguments of those in `kd_chunked`.
 
 Shapes: N rows, V vocabulary, B segments, S numbers kept a row.
 """

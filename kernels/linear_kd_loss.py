@@ -14,8 +14,8 @@ gradient has to wait for them:
 
 On the CPU, rows that count in neither loss are left out before the products. Gradients are worked out in the forward
 pass, as soon as a chunk's logits are there, and handed over by the first backward; a second one raises. Gradients of
-weight and bias are summed in fp32 (fp64 for fp64). Logits have the hidden states' dtype, as a head of its own would give
-them.
+weight and bias are summed in fp32 (fp64 for fp64). Logits have the hidden states' dtype, as a head of its own would
+give them.
 
 Memory beside inputs and gradients: two chunks of logits (48 MB together on a CPU, 1 GB on a GPU). Where V is small and
 D large, `kd_loss` on whole logits is as good.
@@ -26,6 +26,7 @@ Shapes: N rows, C rows of a chunk, D and E widths of student and teacher, V voca
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -98,7 +99,8 @@ class _Gradients:
     bias_V: torch.Tensor | None
 
     @classmethod
-    def of_head(cls, head: Head, hidden: bool, weight: bool, bias: bool, dtype: torch.dtype) -> _Gradients:
+    def of_head(cls, head: Head, wanted: Sequence[bool]) -> _Gradients:
+        (hidden, weight, bias), dtype = wanted, work_dtype(head.hidden_ND)
         return cls(
             torch.zeros_like(head.hidden_ND, memory_format=torch.contiguous_format) if hidden else None,
             torch.zeros_like(head.weight_VD, dtype=dtype, memory_format=torch.contiguous_format) if weight else None,
@@ -232,13 +234,10 @@ def _leave_out_unused(batch: _Batch) -> tuple[_Batch, torch.Tensor | None]:
         return batch, None
     numbers = used_N.nonzero()[:, 0]
     before_N1 = torch.nn.functional.pad(used_N.cumsum(0), (1, 0))
-    heads = {
-        name: dataclasses.replace(head, hidden_ND=head.hidden_ND[numbers])
-        for name, head in (("student", batch.student), ("teacher", batch.teacher))
-    }
     fewer = dataclasses.replace(
         batch,
-        **heads,
+        student=dataclasses.replace(batch.student, hidden_ND=batch.student.hidden_ND[numbers]),
+        teacher=dataclasses.replace(batch.teacher, hidden_ND=batch.teacher.hidden_ND[numbers]),
         labels_N=batch.labels_N[numbers],
         soft_N=batch.soft_N[numbers],
         hard_N=batch.hard_N[numbers],
@@ -292,7 +291,7 @@ def _linear_kd_loss_op(
         impl=impl,
     )
     batch, numbers = _leave_out_unused(whole)
-    gradients = _Gradients.of_head(batch.student, *wanted, work_dtype(student_hidden))
+    gradients = _Gradients.of_head(batch.student, wanted)
     loss = batch.work(gradients)
     hidden_ND = gradients.hidden_ND
     if hidden_ND is not None and numbers is not None:
@@ -417,7 +416,7 @@ def linear_kd_loss(
         return kd_loss_reference(*logits, labels, cu_seqlens, soft_rows, options=options)
     differentiated = (student_hidden, student_weight, student_bias)
     wanted = [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in differentiated]
-    loss, *_ = _linear_kd_loss_op(
+    outputs: tuple[torch.Tensor, ...] = _linear_kd_loss_op(
         student_hidden,
         student_weight,
         student_bias,
@@ -437,7 +436,7 @@ def linear_kd_loss(
         wanted,
         chosen,
     )
-    return loss
+    return outputs[0]
 
 
 def _check(student: Head, teacher: Head) -> None:

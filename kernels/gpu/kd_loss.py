@@ -2,10 +2,10 @@
 
     wide    a program a row, tile after tile: the teacher's statistics online, then teacher (from the second-level cache
             by then) and student together, online too. Bytes to move: forward 2 V in, gradient 2 V in and V out.
-    narrow  a few rows a program, each whole in registers, where V <= 256: every logit is read once.
+    narrow  a few rows a program, each whole in registers, where V <= 128: every logit is read once.
 
-At T = 2 one exponential serves both temperatures. Everything is added up in fp32; sums along a row stay in as many lanes
-as the tile has until the end of the row. Nothing waits for the host.
+At T = 2 one exponential serves both temperatures. Everything is added up in fp32; sums along a row stay in as many
+lanes as the tile has until the end of the row. Nothing waits for the host.
 
 Shapes: N rows, V vocabulary, B segments, S numbers kept a row.
 """
@@ -23,9 +23,9 @@ from ..kd_options import KDOptions
 from ..kd_rows import RowResults
 from .launch import Launch
 
-NARROW_VOCABULARY = 256
-_NARROW_TILE = 4096
-_WIDE_BLOCK, _WIDE_WARPS = 4096, 8
+NARROW_VOCABULARY = 128
+_NARROW_TILE = 1024
+_WIDE_BLOCK, _WIDE_WARPS = 2048, 8
 _NARROW_WARPS = 4
 _SEGMENT_BLOCK, _SEGMENT_WARPS = 1024, 4
 # Rows of the table of results, in the order of RowScalars and RowResults.
@@ -36,11 +36,9 @@ _SOFT_LOSS, _HARD_LOSS, _ENTROPY = map(tl.constexpr, range(7, 10))
 
 
 @triton.jit
-def _exp_1(exps, shifted, SQUARE: tl.constexpr, ONE: tl.constexpr):
-    """exp(z - max) from exp((z - max) / T)."""
-    if ONE:
-        return exps
-    elif SQUARE:
+def _exp_1(exps, shifted, SQUARE: tl.constexpr):
+    """exp(z - max) from exp((z - max) / T): at T = 2 the square."""
+    if SQUARE:
         return exps * exps
     else:
         return tl.exp(shifted)
@@ -70,7 +68,6 @@ def _wide_fwd_kernel(
     temperature,
     smoothing,
     SQUARE: tl.constexpr,
-    ONE: tl.constexpr,
     SMOOTH: tl.constexpr,
     ENTROPY: tl.constexpr,
     STUDENT: tl.constexpr,
@@ -102,7 +99,7 @@ def _wide_fwd_kernel(
         exps = tl.where(inside, tl.exp(shifted * inverse_T), 0.0)
         t_total = t_total * tl.exp(fall * inverse_T) + exps
         if ENTROPY:
-            exps_1 = _exp_1(exps, shifted, SQUARE, ONE)
+            exps_1 = _exp_1(exps, shifted, SQUARE)
             exps_1 = tl.where(inside, exps_1, 0.0)
             rescale = tl.exp(fall)
             t_product = (t_product + fall * t_total_1) * rescale + exps_1 * shifted
@@ -136,7 +133,7 @@ def _wide_fwd_kernel(
         fall = tl.where(begin == 0, 0.0, s_max - new_max)
         s_shifted = tl.where(inside, s - new_max, 0.0)
         exps = tl.where(inside, tl.exp(s_shifted * inverse_T), 0.0)
-        exps_1 = tl.where(inside, _exp_1(exps, s_shifted, SQUARE, ONE), 0.0)
+        exps_1 = tl.where(inside, _exp_1(exps, s_shifted, SQUARE), 0.0)
         s_total = s_total * tl.exp(fall * inverse_T) + exps
         s_total_1 = s_total_1 * tl.exp(fall) + exps_1
         t_shifted = tl.where(inside, t - t_max, 0.0)
@@ -179,7 +176,6 @@ def _wide_bwd_kernel(
     V,
     temperature,
     SQUARE: tl.constexpr,
-    ONE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -212,7 +208,7 @@ def _wide_bwd_kernel(
         s_shifted = tl.load(student_ptr + begin + columns, mask=inside, other=0.0).to(tl.float32) - s_max
         t_shifted = tl.load(teacher_ptr + begin + columns, mask=inside, other=0.0).to(tl.float32) - t_max
         exps = tl.exp(s_shifted * inverse_T)
-        exps_1 = _exp_1(exps, s_shifted, SQUARE, ONE)
+        exps_1 = _exp_1(exps, s_shifted, SQUARE)
         target = tl.exp(t_shifted * inverse_T) * teacher_scale + floor
         gradient = exps * student_scale + exps_1 * student_scale_1 - target
         gradient -= tl.where(begin + columns == label, hard, 0.0)
@@ -235,7 +231,6 @@ def _narrow_fwd_kernel(
     temperature,
     smoothing,
     SQUARE: tl.constexpr,
-    ONE: tl.constexpr,
     SMOOTH: tl.constexpr,
     ENTROPY: tl.constexpr,
     STUDENT: tl.constexpr,
@@ -259,7 +254,7 @@ def _narrow_fwd_kernel(
     t_exps = tl.where(columns < V, tl.exp(t_shifted * inverse_T), 0.0)
     total = tl.sum(t_exps, axis=1)
     if ENTROPY:
-        exps_1 = tl.where(columns < V, _exp_1(t_exps, t_shifted, SQUARE, ONE), 0.0)
+        exps_1 = tl.where(columns < V, _exp_1(t_exps, t_shifted, SQUARE), 0.0)
         total_1 = tl.sum(exps_1, axis=1)
         entropy = tl.log(total_1) - tl.sum(exps_1 * t_shifted, axis=1) / total_1
         tl.store(results_ptr + _ENTROPY * results_stride, entropy, mask=used)
@@ -271,7 +266,7 @@ def _narrow_fwd_kernel(
     s_shifted = tl.where(columns < V, s - s_max[:, None], 0.0)
     s_exps = tl.where(columns < V, tl.exp(s_shifted * inverse_T), 0.0)
     total_s = tl.sum(s_exps, axis=1)
-    total_s_1 = tl.sum(tl.where(columns < V, _exp_1(s_exps, s_shifted, SQUARE, ONE), 0.0), axis=1)
+    total_s_1 = tl.sum(tl.where(columns < V, _exp_1(s_exps, s_shifted, SQUARE), 0.0), axis=1)
     eps = tl.zeros([ROWS], tl.float32)
     if SMOOTH:
         eps = smoothing * (1.0 - 1.0 / total)
@@ -310,7 +305,6 @@ def _narrow_bwd_kernel(
     V,
     temperature,
     SQUARE: tl.constexpr,
-    ONE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -336,7 +330,7 @@ def _narrow_bwd_kernel(
     t = tl.load(teacher_ptr + rows[:, None] * teacher_stride + columns, mask=inside, other=0.0).to(tl.float32)
     s_shifted = s - s_max[:, None]
     exps = tl.exp(s_shifted * inverse_T)
-    exps_1 = _exp_1(exps, s_shifted, SQUARE, ONE)
+    exps_1 = _exp_1(exps, s_shifted, SQUARE)
     target = tl.exp((t - t_max[:, None]) * inverse_T) * teacher_scale[:, None] + (soft * eps / V)[:, None]
     gradient = exps * student_scale[:, None] + exps_1 * student_scale_1[:, None] - target
     gradient -= tl.where(columns == label[:, None], hard[:, None], 0.0)
@@ -438,7 +432,7 @@ def _narrow_tile(vocabulary: int) -> dict[str, int]:
 
 
 def _powers(temperature: float) -> dict[str, bool]:
-    return {"SQUARE": temperature == 2.0, "ONE": temperature == 1.0}
+    return {"SQUARE": temperature == 2.0}
 
 
 def _plain(table_NV: torch.Tensor) -> torch.Tensor:
@@ -503,9 +497,10 @@ def entropies(
 ) -> None:
     """See `kd_chunked.entropies`."""
     table_SN = entropy_N.new_empty((10, len(entropy_N)))
+    # At T = 2 one exponential is enough.
     switches = {"SMOOTH": False, "ENTROPY": True, "STUDENT": False}
     none_N = torch.zeros_like(used_N)
-    _launch_forward(teacher_NV, teacher_NV, none_N, used_N, none_N, table_SN, 1.0, 0.0, switches)
+    _launch_forward(teacher_NV, teacher_NV, none_N, used_N, none_N, table_SN, 2.0, 0.0, switches)
     torch.where(used_N, table_SN[9], entropy_N, out=entropy_N)
 
 
@@ -582,23 +577,27 @@ def launches() -> list[Launch]:
         signature = {key: "constexpr" if key in constants else types.get(key, "i64") for key in kernel.arg_names}
         found.append(Launch(name=name, kernel=kernel, signature=signature, constexprs=constants, num_warps=warps))
 
-    temperatures = {"T=1": _powers(1.0), "T=2": _powers(2.0), "any T": _powers(3.0)}
-    for logits, (words, powers) in itertools.product(("fp32", "fp16", "bf16"), temperatures.items()):
-        tiles = {
-            "wide": (_wide_fwd_kernel, _wide_bwd_kernel, {"BLOCK": _WIDE_BLOCK}, _WIDE_WARPS),
-            "V=33": (_narrow_fwd_kernel, _narrow_bwd_kernel, _narrow_tile(33), _NARROW_WARPS),
-            "V=256": (_narrow_fwd_kernel, _narrow_bwd_kernel, _narrow_tile(256), _NARROW_WARPS),
-        }
-        for tile, (forward, backward, constants, warps) in tiles.items():
-            for smooth, entropy in itertools.product((True, False), repeat=2):
-                switches = {"SMOOTH": smooth, "ENTROPY": entropy, "STUDENT": True}
-                chosen = f"{'smooth' if smooth else 'plain'}{' weighted' if entropy else ''}"
-                add(f"{tile} forward {logits} {words} {chosen}", forward, warps, powers | switches | constants, logits)
+    temperatures = {"T=2": _powers(2.0), "any T": _powers(3.0)}
+    tiles = {
+        "wide": (_wide_fwd_kernel, _wide_bwd_kernel, {"BLOCK": _WIDE_BLOCK}, _WIDE_WARPS),
+        "V=33": (_narrow_fwd_kernel, _narrow_bwd_kernel, _narrow_tile(33), _NARROW_WARPS),
+        "V=128": (_narrow_fwd_kernel, _narrow_bwd_kernel, _narrow_tile(128), _NARROW_WARPS),
+    }
+    everything = {"SMOOTH": True, "ENTROPY": True, "STUDENT": True}
+    # Switched off, a part leaves code out: that is compiled for one type and temperature.
+    parts = {
+        "not smoothed": {"SMOOTH": False},
+        "not weighted": {"ENTROPY": False},
+        "neither": {"SMOOTH": False, "ENTROPY": False},
+        "entropies": {"SMOOTH": False, "STUDENT": False},
+    }
+    for tile, (forward, backward, constants, warps) in tiles.items():
+        for logits, (words, powers) in itertools.product(("fp32", "fp16", "bf16"), temperatures.items()):
+            add(f"{tile} forward {logits} {words}", forward, warps, powers | everything | constants, logits)
             add(f"{tile} backward {logits} {words}", backward, warps, powers | constants, logits)
-    for logits in ("fp32", "fp16", "bf16"):
-        switches = {"SMOOTH": False, "ENTROPY": True, "STUDENT": False} | _powers(1.0)
-        add(f"wide entropies {logits}", _wide_fwd_kernel, _WIDE_WARPS, switches | {"BLOCK": _WIDE_BLOCK}, logits)
-        add(f"V=33 entropies {logits}", _narrow_fwd_kernel, _NARROW_WARPS, switches | _narrow_tile(33), logits)
+        for part, switches in parts.items():
+            chosen = temperatures["T=2"] | everything | switches | constants
+            add(f"{tile} forward bf16 {part}", forward, warps, chosen, "bf16")
     block = {"BLOCK": _SEGMENT_BLOCK}
     for switch in (True, False):
         add(f"segments, uncertainty={switch}", _segments_kernel, _SEGMENT_WARPS, {"UNCERTAINTY": switch} | block)

@@ -1,4 +1,4 @@
-"""What can be launched: a kernel with its types, constants and launch options, as the ahead-of-time compiler wants it."""
+"""What can be launched: a kernel with its types, constants and options, as the ahead-of-time compiler wants it."""
 
 from __future__ import annotations
 
