@@ -120,3 +120,30 @@ TRITON_MUTANTS: Mutants = {
     "hard loss divided by the soft rows": {"hard_rows += tl.load(own + 4": "hard_rows += tl.load(own + 2"},
 }
 """In `gpu.kd_loss`."""
+
+CPP_MUTANTS: Mutants = {
+    "exponential's series wrong in its fifth term": {"series * r + 1.0f / 24": "series * r + 1.0f / 25"},
+    "ln 2 in one part": {"x - n * 0.693359375f) + n * 2.12194440e-4f": "x - n * 0.693359375f)"},
+    "logarithm's series wrong in its third term": {"series * square + 1.0f / 5": "series * square + 1.0f / 6"},
+    "largest number missed": {"z[v] > max ? z[v] : max": "z[v] > max + 50.0f ? z[v] : max"},
+    "NaN not looked for": {"return {max, probe == 0.0f}": "return {max, true}"},
+    "exponentials not squared": {"? e * e :": "? e :"},
+    "last stretch left out": {
+        "for (std::int64_t begin = 0; begin < V; begin += kStretch)": (
+            "for (std::int64_t begin = 0; begin == 0 || begin + kStretch <= V; begin += kStretch)"
+        )
+    },
+    "smoothing by untempered confidence": {
+        "(1 - 1 / of_teacher.total)": "(1 - 1 / (of_teacher.total * of_teacher.total))"
+    },
+    "no uniform part in the loss": {
+        "const float target = exps[v] * scale + floor;": "const float target = exps[v] * scale;"
+    },
+    "no uniform part in the gradient": {"* teacher_scale + floor": "* teacher_scale"},
+    "target not shrunk in the gradient": {"soft * (1 - eps) /": "soft /"},
+    "entropy at the temperature": {"if (Product) product += e_1 * x;": "if (Product) product += e * x;"},
+    "hard loss at the temperature": {"std::log(of_student.total_1)": "std::log(of_student.total)"},
+    "one-hot missing": {"if (hard != 0) out[in.labels[row]] -= hard;": ""},
+    "rows that do not count keep what was there": {"std::fill_n(out, V, 0.0f);": ""},
+}
+"""In csrc/kd_loss.cpp."""
