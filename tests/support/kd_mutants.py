@@ -124,7 +124,7 @@ TRITON_MUTANTS: Mutants = {
 CPP_MUTANTS: Mutants = {
     "exponential's series wrong in its fifth term": {"series * r + 1.0f / 24": "series * r + 1.0f / 25"},
     "ln 2 in one part": {"x - n * 0.693359375f) + n * 2.12194440e-4f": "x - n * 0.693359375f)"},
-    "logarithm's series wrong in its third term": {"series * square + 1.0f / 5": "series * square + 1.0f / 6"},
+    "logarithm's series wrong in its second term": {"series * square + 1.0f / 3": "series * square + 1.0f / 4"},
     "largest number missed": {"z[v] > max ? z[v] : max": "z[v] > max + 50.0f ? z[v] : max"},
     "NaN not looked for": {"return {max, probe == 0.0f}": "return {max, true}"},
     "exponentials not squared": {"? e * e :": "? e :"},
