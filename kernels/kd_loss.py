@@ -35,7 +35,7 @@ import itertools
 import logging
 import os
 from types import ModuleType
-from typing import Any
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
@@ -107,13 +107,14 @@ def rows_module(impl: str) -> ModuleType:
     return importlib.import_module(f".{_ROWS[impl]}", __package__)
 
 
+# Torch reads the operations' schemas from their annotations; torch 2.11 knows Optional and no `| None` there.
 @torch.library.custom_op("protnest::kd_loss", mutates_args=())
 def _kd_loss_op(
     student_NV: torch.Tensor,
     teacher_NV: torch.Tensor,
     labels_N: torch.Tensor,
     cu_seqlens: torch.Tensor,
-    soft_rows: torch.Tensor | None,
+    soft_rows: Optional[torch.Tensor],  # noqa: UP045
     temperature: float,
     alpha: float,
     smoothing: float,
@@ -159,7 +160,7 @@ def _(student_NV: torch.Tensor, teacher_NV: torch.Tensor, *_: Any) -> tuple[torc
 def _gradient_op(
     out_NV: torch.Tensor,
     grad_loss: torch.Tensor,
-    student_NV: torch.Tensor | None,
+    student_NV: Optional[torch.Tensor],  # noqa: UP045
     teacher_NV: torch.Tensor,
     labels_N: torch.Tensor,
     kept_SN: torch.Tensor,

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Optional
 
 import torch
 
@@ -247,17 +247,18 @@ def _leave_out_unused(batch: _Batch) -> tuple[_Batch, torch.Tensor | None]:
     return fewer, numbers
 
 
+# Optional, as in `kd_loss`.
 @torch.library.custom_op("protnest::linear_kd_loss", mutates_args=())
 def _linear_kd_loss_op(
     student_hidden: torch.Tensor,
     student_weight: torch.Tensor,
-    student_bias: torch.Tensor | None,
+    student_bias: Optional[torch.Tensor],  # noqa: UP045
     teacher_hidden: torch.Tensor,
     teacher_weight: torch.Tensor,
-    teacher_bias: torch.Tensor | None,
+    teacher_bias: Optional[torch.Tensor],  # noqa: UP045
     labels: torch.Tensor,
     cu_seqlens: torch.Tensor,
-    soft_rows: torch.Tensor | None,
+    soft_rows: Optional[torch.Tensor],  # noqa: UP045
     temperature: float,
     alpha: float,
     smoothing: float,
@@ -265,7 +266,7 @@ def _linear_kd_loss_op(
     smooth: bool,
     weight_normalization: str,
     ignore_index: int,
-    wanted: list[bool],
+    wanted: Sequence[bool],
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The loss (0-d) and its gradients to hidden states, weight and bias: empty where not `wanted`."""
