@@ -38,6 +38,7 @@ types: $(VENV)/test
 
 unit: $(VENV)/test
 	$(BIN)/pytest -m 'not slow'
+	TRITON_INTERPRET=1 $(BIN)/pytest -m 'gpu and not slow' tests/kernels
 
 # What users install is what was tested: the wheel's contents, and the same suite on the wheel's files.
 wheel: $(VENV)/test

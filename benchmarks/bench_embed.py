@@ -17,6 +17,7 @@ import torch
 import typer
 from protnest.benchmarks.ceiling import copy_gbytes_per_s
 from protnest.benchmarks.comparison import SHAPES, Plan, compare
+from protnest.benchmarks.lists import split_numbers, split_words
 from protnest.benchmarks.parity import ParityError
 from protnest.benchmarks.peers import PEER_MODULES, is_installed
 from protnest.benchmarks.proteins import Proteins, make_up, sample_fasta
@@ -36,25 +37,6 @@ _TRIED_SHARE = 0.3
 _QUICK_SEQUENCES, _QUICK_PAIRS = 40, 3
 _PRINTED_COLUMNS = 140
 _CPU = torch.device("cpu")
-
-
-def _words(text: str, allowed: Sequence[str], option: str) -> list[str]:
-    words = [word.strip() for word in text.split(",") if word.strip()]
-    if not words or (unknown := [word for word in words if word not in allowed]):
-        message = f"{option} is {text!r}; allowed are {', '.join(allowed)}, with commas between"
-        raise typer.BadParameter(message if not words else f"{message} (unknown: {', '.join(unknown)})")
-    return words
-
-
-def _numbers(text: str, option: str) -> list[int]:
-    try:
-        numbers = sorted({int(word) for word in text.split(",")})
-    except ValueError:
-        numbers = []
-    if not numbers or numbers[0] < 1:
-        message = f"{option} is {text!r}; expected positive whole numbers with commas between"
-        raise typer.BadParameter(message)
-    return numbers
 
 
 def _proteins(fasta: Path | None, count: int, seed: int) -> Proteins:
@@ -120,7 +102,7 @@ def embed(
     ] = "1,1024,2048,4096",
     pass_seconds: Annotated[
         float, typer.Option(help="A pair runs as many of the proteins as the slower engine does in this time.")
-    ] = float("inf"),
+    ] = 15.0,
     threads: Annotated[int | None, typer.Option(help="CPU threads; torch's own choice by default.", min=1)] = None,
     fasta: Annotated[
         Path | None, typer.Option(help="Proteins; by default those beside the checkout, else made up ones.")
@@ -130,10 +112,10 @@ def embed(
 ) -> None:
     """Measure embedding throughput of this CPU beside peers, in interleaved pairs."""
     console = Console(stderr=True)
-    chosen = ["8M"] if quick else _words(shapes, list(SHAPES), "--shapes")
+    chosen = ["8M"] if quick else split_words(shapes, list(SHAPES), "--shapes")
     # fp16 on a CPU is refused by protnest itself.
-    wanted = _words(precisions, [name for name in PRECISIONS if name != "fp16"], "--precisions")
-    tried = _numbers(budgets, "--budgets")
+    wanted = split_words(precisions, [name for name in PRECISIONS if name != "fp16"], "--precisions")
+    tried = split_numbers(budgets, "--budgets")
     if quick:
         sequences, pairs = min(sequences, _QUICK_SEQUENCES), min(pairs, _QUICK_PAIRS)
     if threads is not None:

@@ -68,6 +68,26 @@ def gemm_gflops(
     """
     D, inner = config.width, config.feedforward
     shapes = ((D, 3 * D), (D, D), (D, inner), (inner, D))
+    return product_gflops(shapes, dtype, device, rows=rows, repeats=repeats)
+
+
+def product_gflops(
+    shapes: Sequence[tuple[int, int]],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    rows: Sequence[int],
+    repeats: int = 5,
+) -> float:
+    """GFLOP/s of matrix products with biases, one after another, on random data; the best as in `gemm_gflops`.
+
+    Args:
+        shapes: inputs and outputs of each product.
+        dtype: of inputs, weights and outputs.
+        device: where to measure.
+        rows: values of M to try.
+        repeats: measurements for each.
+    """
     weights = [torch.randn(out, into, device=device).to(dtype) for into, out in shapes]
     biases = [torch.randn(out, device=device).to(dtype) for _, out in shapes]
     best = 0.0

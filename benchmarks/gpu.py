@@ -1,9 +1,10 @@
-"""Everything that needs a GPU, in one call of less than nine minutes: tests, parity and throughput, to one JSON file.
+"""Everything that needs a GPU, in one call of less than nine minutes: tests, parity and speed, to one JSON file.
 
     python benchmarks/gpu.py --out gpu.json
 
 It installs nothing. From a bare checkout, first `python -m pip install --no-deps --no-build-isolation .`, and see that
-numpy, torch, dnaio and pytest are there; fair-esm and transformers are compared with where they are installed.
+numpy, torch, dnaio and pytest are there; fair-esm, transformers and liger-kernel are compared with where they are
+installed.
 
 Exit code 0: all ran and all was right. 1: a test, a parity check or a section failed (the file says which, with the
 traceback), or there is no CUDA GPU. See `benchmarks/README.md` for what the rows hold.
@@ -23,10 +24,12 @@ from typing import Any
 
 Section = Callable[[], list[dict[str, Any]]]
 
-_SECTIONS = ("tests", "parity", "throughput")
+_SECTIONS = ("tests", "parity", "kd", "throughput")
 # Left of the time for writing and for passes that cannot be cut short.
 _RESERVE_SECONDS = 30.0
 _TEST_SECONDS = 150.0
+# Of a problem; checks and compiling come on top.
+_KD_SECONDS = 15.0
 
 
 class _Notes(logging.Handler):
@@ -54,7 +57,16 @@ def run_guarded(name: str, section: Section) -> list[dict[str, Any]]:
 def _sections(options: argparse.Namespace, begin: float, device: Any) -> list[tuple[str, Section]]:
     """The sections that were asked for, in order; each is given its time when it starts."""
     from protnest.benchmarks.comparison import SHAPES
-    from protnest.benchmarks.gpu_suite import SMALL_SHAPES, parity_rows, run_tests, throughput_rows
+    from protnest.benchmarks.gpu_suite import (
+        KD_PROBLEMS,
+        SMALL_SHAPES,
+        kd_parity_rows,
+        kd_rows,
+        parity_rows,
+        run_tests,
+        throughput_rows,
+    )
+    from protnest.benchmarks.kd_problems import Problem
     from protnest.benchmarks.rows import ROOT
 
     end: float = begin + 60 * options.minutes - _RESERVE_SECONDS
@@ -73,6 +85,13 @@ def _sections(options: argparse.Namespace, begin: float, device: Any) -> list[tu
         left()
         return parity_rows(shape, parity_shapes[shape], ("fp32", "bf16", "fp16"), device)
 
+    def compare_losses() -> list[dict[str, Any]]:
+        left()
+        return kd_parity_rows(device)
+
+    def measure_loss(problem: Problem) -> list[dict[str, Any]]:
+        return kd_rows(problem, device, deadline=time.perf_counter() + min(_KD_SECONDS, left()))
+
     def measure(index: int) -> list[dict[str, Any]]:
         # What is left is shared among the shapes that are left.
         share = left() / (len(shapes) - index)
@@ -85,6 +104,8 @@ def _sections(options: argparse.Namespace, begin: float, device: Any) -> list[tu
         sections.append(("tests", test))
     if "parity" in options.sections:
         sections += [("parity", partial(compare_with_gold, shape)) for shape in parity_shapes]
+    if "kd" in options.sections:
+        sections += [("kd", compare_losses), *(("kd", partial(measure_loss, problem)) for problem in KD_PROBLEMS)]
     if "throughput" in options.sections:
         sections += [("throughput", partial(measure, index)) for index in range(len(shapes))]
     return sections
@@ -160,11 +181,24 @@ def _summary(rows: Sequence[dict[str, Any]]) -> str:
         return f"{first['passed']} passed, {counts}"
     if "residues_per_s_median" in first:
         return "; ".join(_rate(row) for row in rows)
-    return f"{first['shape']}: {len(rows) - len(wrong)} of {len(rows)} within their bounds"
+    if "operation" in first:
+        name = f"{first['operation']} V={first['vocabulary']:,} {first['precision']}"
+        return f"{name}: " + "; ".join(_loss_rate(row) for row in rows)
+    shapes = first["shape"] if len({row["shape"] for row in rows}) == 1 else "all shapes"
+    return f"{shapes}: {len(rows) - len(wrong)} of {len(rows)} within their bounds"
 
 
 def _rate(row: dict[str, Any]) -> str:
     text = f"{row['shape']} {row['engine']} {row['precision']} {row['residues_per_s_median']:,.0f} residues/s"
+    faster = row["ours_times_faster_median"]
+    return text if faster is None else f"{text}, ours {faster:.2f} times faster"
+
+
+def _loss_rate(row: dict[str, Any]) -> str:
+    text = f"{row['direction']} {row['engine']}"
+    if row["failure"]:
+        return f"{text} {row['failure']}"
+    text += f" {row['ms_median']:.2f} ms, {row['percent_of_ceiling']:.0f} % of ceiling"
     faster = row["ours_times_faster_median"]
     return text if faster is None else f"{text}, ours {faster:.2f} times faster"
 

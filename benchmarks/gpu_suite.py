@@ -1,4 +1,4 @@
-"""What `gpu.py` runs: the tests that need a GPU, parity against fp64 on the CPU, and throughput beside peers.
+"""What `gpu.py` runs: the tests that need a GPU, parity against fp64, and speed beside peers.
 
 Each function takes a device, so that all of it can be tried without a GPU, at tiny sizes.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import os
 import subprocess
 import sys
@@ -20,6 +21,9 @@ import numpy as np
 import torch
 from protnest.benchmarks.ceiling import copy_gbytes_per_s
 from protnest.benchmarks.comparison import Plan, compare
+from protnest.benchmarks.kd_comparison import KDPlan, allowed_errors, compare_kd, measure_errors
+from protnest.benchmarks.kd_engines import COMPILED, EAGER, LIGER, OURS, protnest
+from protnest.benchmarks.kd_problems import BOTH, HEADS, LOGITS, OPERATIONS, Data, Problem
 from protnest.benchmarks.parity import row_errors
 from protnest.benchmarks.peers import random_encoder
 from protnest.benchmarks.proteins import make_up
@@ -29,6 +33,7 @@ from protnest.engine.alphabet import BOS_ID, EOS_ID, MASK_ID
 from protnest.engine.config import EncoderConfig
 from protnest.engine.device import PRECISIONS
 from protnest.engine.packing import PackedBatch, pack, pack_tokens
+from protnest.kernels.kd_options import KDOptions
 
 SMALL_SHAPES: dict[str, EncoderConfig] = {
     "2 layers, K=8": EncoderConfig(layers=2, width=24, heads=3, feedforward=96),
@@ -40,6 +45,27 @@ SMALL_SHAPES: dict[str, EncoderConfig] = {
 """Shapes that run in no time and cover the head widths K of the published models, and odd ones."""
 
 MIXED_LENGTHS = (1, 2, 7, 33, 130, 420, 900)
+
+KD_PROBLEMS: tuple[Problem, ...] = (
+    Problem(operation=LOGITS, vocabulary=50_257, rows=8192, segments="long", precision="bf16"),
+    Problem(operation=LOGITS, vocabulary=50_257, rows=8192, segments="long", precision="fp32"),
+    Problem(operation=LOGITS, vocabulary=33, rows=262_144, segments="proteins", precision="bf16"),
+    Problem(operation=LOGITS, vocabulary=33, rows=262_144, segments="proteins", precision="fp32"),
+    Problem(operation=HEADS, vocabulary=50_257, rows=8192, segments="long", precision="bf16"),
+)
+"""What the distillation loss is timed on."""
+
+KD_VOCABULARIES = (33, 256, 257, 50_257)
+"""Both kinds of kernels, and the edge between them."""
+
+# Few, since each choice is a kernel of its own to compile: the default, all off, and both temperatures but 2.
+_KD_OPTIONS = (
+    KDOptions(),
+    KDOptions(uncertainty=False, smooth=False),
+    KDOptions(temperature=1.0, smooth=False),
+    KDOptions(temperature=3.0, weight_normalization="weight", alpha=0.2),
+)
+_KD_PEERS = (EAGER, COMPILED, LIGER)
 
 _GPU_MARK = "mark.gpu"
 _OUTPUT_CHARACTERS = 4000
@@ -233,3 +259,81 @@ def throughput_rows(
     )
     facts: Row = {"data": proteins.source, "copy_gbytes_per_s": round(copy_gbytes_per_s(device), 1), "ok": True}
     return [row | facts for row in compare(shape, config, plan)]
+
+
+def kd_parity_rows(
+    device: torch.device,
+    *,
+    ours: str | None = None,
+    vocabularies: Sequence[int] = KD_VOCABULARIES,
+    precisions: Sequence[str] = tuple(PRECISIONS),
+    rows: int = 150,
+) -> list[Row]:
+    """The distillation loss and its gradients against the fp64 reference on the same numbers.
+
+    Args:
+        device: where.
+        ours: implementation; by default the device's fastest.
+        vocabularies: values of V.
+        precisions: of logits, or of hidden states and heads.
+        rows: N, a few segments of them.
+
+    Returns:
+        A row for each operation, vocabulary, precision and choice of options; `ok` where both errors are within the
+        bounds that a benchmark has, see `kd_engines`.
+    """
+    found: list[Row] = []
+    for operation, V, precision in itertools.product(OPERATIONS, vocabularies, precisions):
+        problem = Problem(operation=operation, vocabulary=V, rows=rows, segments="proteins", precision=precision)
+        data = Data.of_problem(problem, device)
+        exact = data.to(device, torch.float64)
+        for options in _KD_OPTIONS:
+            engine = protnest(ours or OURS[device.type], options)
+            errors = measure_errors(protnest("reference", options).run(exact, BOTH), engine.run(data, BOTH))
+            bounds = allowed_errors(engine, problem)
+            found.append(
+                {
+                    "shape": f"{operation} V={V}",
+                    "engine": engine.name,
+                    "precision": precision,
+                    "rows": rows,
+                    "options": dataclasses.asdict(options),
+                    # JSON has no NaN, see `parity_rows`.
+                    **{
+                        f"{name}_error": error if error is not None and np.isfinite(error) else None
+                        for name, error in errors._asdict().items()
+                    },
+                    **{f"{name}_bound": bound for name, bound in zip(errors._fields, bounds, strict=True)},
+                    "ok": all(
+                        error is not None and error <= bound for error, bound in zip(errors, bounds, strict=True)
+                    ),
+                }
+            )
+    return found
+
+
+def kd_rows(
+    problem: Problem,
+    device: torch.device,
+    *,
+    deadline: float,
+    ours: str | None = None,
+    peers: tuple[str, ...] = _KD_PEERS,
+    pairs: int = 7,
+) -> list[Row]:
+    """The distillation loss beside the published code, that compiled, and Liger's part; see `kd_comparison`.
+
+    Args:
+        problem: what is measured.
+        device: where.
+        deadline: value of `time.perf_counter()` that ends it early, after three pairs of each peer at the earliest.
+        ours: implementation; by default the device's fastest.
+        peers: who meets it; one that does not fit into memory or does not compile has a row that says so.
+        pairs: turns of each peer with ours.
+
+    Raises:
+        ParityError: a loss or a gradient is wrong.
+    """
+    copy_rate = round(copy_gbytes_per_s(device), 1)
+    plan = KDPlan(device=device, copy_gbytes_per_s=copy_rate, pairs=pairs, peers=peers, ours=ours, deadline=deadline)
+    return [row | {"copy_gbytes_per_s": copy_rate, "ok": True} for row in compare_kd(problem, plan)]

@@ -25,7 +25,7 @@ SCHEMA_VERSION = 1
 ROOT = Path(__file__).resolve().parents[1]
 """The checkout, where the benchmarks run from one."""
 
-_PACKAGES = ("protnest", "torch", "triton", "numpy", "transformers", "fair-esm")
+_PACKAGES = ("protnest", "torch", "triton", "numpy", "transformers", "fair-esm", "liger-kernel")
 
 
 def _answer(*command: str) -> str | None:

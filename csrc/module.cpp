@@ -9,6 +9,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include "kd_loss.hpp"
 #include "plan_batches.hpp"
 #include "tokenise.hpp"
 
@@ -68,6 +69,81 @@ py::tuple plan_batches(const Integers& lengths, std::int64_t max_tokens) {
     return py::make_tuple(order, to_array(offsets));
 }
 
+using Floats = py::array_t<float>;
+using Flags = py::array_t<bool, py::array::c_style>;
+
+// A table of floats whose rows are contiguous.
+protnest::Rows rows_of(const Floats& table, py::ssize_t rows, py::ssize_t vocabulary) {
+    const bool fits = table.ndim() == 2 && table.shape(0) == rows && table.shape(1) == vocabulary;
+    if (!fits || (vocabulary > 1 && table.strides(1) != sizeof(float)) || table.strides(0) % sizeof(float) != 0) {
+        throw py::value_error("logits must share one shape and have contiguous rows");
+    }
+    return {table.data(), table.strides(0) / static_cast<py::ssize_t>(sizeof(float))};
+}
+
+// The first six of kd_rows.RowScalars, from an (S, N) whose rows are contiguous.
+protnest::RowScalars scalars_of(Floats& kept, py::ssize_t rows) {
+    if (kept.ndim() != 2 || kept.shape(0) < 6 || kept.shape(1) != rows || kept.strides(1) != sizeof(float)) {
+        throw py::value_error("kept must have shape (6 or more, rows) and contiguous rows");
+    }
+    const auto row = [&](py::ssize_t index) { return kept.mutable_data(index, 0); };
+    return {row(0), row(1), row(2), row(3), row(4), row(5)};
+}
+
+template <typename Array>
+void expect_size(const Array& array, py::ssize_t rows) {
+    if (array.ndim() != 1 || array.size() != rows || !(array.flags() & py::array::c_style)) {
+        throw py::value_error("expected one contiguous entry a row");
+    }
+}
+
+// (first student's row, first teacher's row) that is not finite, -1 without one. Fills kept, losses and, where
+// `with_entropy`, entropy.
+py::tuple kd_loss_forward(const Floats& student, const Floats& teacher, const Integers& labels, const Flags& soft,
+                          const Flags& hard, float temperature, float smoothing, bool with_entropy, int threads,
+                          Floats& kept, Floats& soft_loss, Floats& hard_loss, Floats& entropy) {
+    const py::ssize_t rows = student.shape(0), vocabulary = student.shape(1);
+    const protnest::Rows s = rows_of(student, rows, vocabulary), t = rows_of(teacher, rows, vocabulary);
+    expect_size(labels, rows), expect_size(soft, rows), expect_size(hard, rows);
+    expect_size(soft_loss, rows), expect_size(hard_loss, rows), expect_size(entropy, rows);
+    const protnest::RowScalars scalars = scalars_of(kept, rows);
+    const protnest::KDOptions options{rows, vocabulary, temperature, smoothing, with_entropy, threads};
+    float *soft_out = soft_loss.mutable_data(), *hard_out = hard_loss.mutable_data();
+    float* entropy_out = entropy.mutable_data();
+    protnest::NotFinite bad{};
+    {
+        const py::gil_scoped_release release;
+        bad = protnest::kd_loss_forward(options, s, t, labels.data(), soft.data(), hard.data(), scalars, soft_out,
+                                        hard_out, entropy_out);
+    }
+    return py::make_tuple(bad.student, bad.teacher);
+}
+
+// First row of `used` that is not finite, or -1. Fills entropy of the rows of `used`.
+std::int64_t entropies(const Floats& teacher, const Flags& used, int threads, Floats& entropy) {
+    const py::ssize_t rows = teacher.shape(0), vocabulary = teacher.shape(1);
+    const protnest::Rows t = rows_of(teacher, rows, vocabulary);
+    expect_size(used, rows), expect_size(entropy, rows);
+    const protnest::KDOptions options{rows, vocabulary, 1.0f, 0.0f, true, threads};
+    float* out = entropy.mutable_data();
+    const py::gil_scoped_release release;
+    return protnest::entropies(options, t, used.data(), out);
+}
+
+// Fills out, which may be student.
+void kd_loss_gradient(Floats& out, const Floats& student, const Floats& teacher, const Integers& labels, Floats& kept,
+                      const Floats& soft, const Floats& hard, float temperature, int threads) {
+    const py::ssize_t rows = student.shape(0), vocabulary = student.shape(1);
+    const protnest::Rows s = rows_of(student, rows, vocabulary), t = rows_of(teacher, rows, vocabulary);
+    const protnest::Rows target = rows_of(out, rows, vocabulary);
+    expect_size(labels, rows), expect_size(soft, rows), expect_size(hard, rows);
+    const protnest::RowScalars scalars = scalars_of(kept, rows);
+    const protnest::KDOptions options{rows, vocabulary, temperature, 0.0f, false, threads};
+    float* data = out.mutable_data();
+    const py::gil_scoped_release release;
+    protnest::kd_loss_gradient(options, data, target.stride, s, t, labels.data(), scalars, soft.data(), hard.data());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -75,4 +151,14 @@ PYBIND11_MODULE(_C, module) {
     module.def("tokenise", &tokenise, py::arg("sequences"), py::arg("table").noconvert(), py::arg("bos"),
                py::arg("eos"));
     module.def("plan_batches", &plan_batches, py::arg("lengths").noconvert(), py::arg("max_tokens"));
+    module.def("kd_loss_forward", &kd_loss_forward, py::arg("student").noconvert(), py::arg("teacher").noconvert(),
+               py::arg("labels").noconvert(), py::arg("soft").noconvert(), py::arg("hard").noconvert(),
+               py::arg("temperature"), py::arg("smoothing"), py::arg("entropy_too"), py::arg("threads"),
+               py::arg("kept").noconvert(), py::arg("soft_loss").noconvert(), py::arg("hard_loss").noconvert(),
+               py::arg("entropy").noconvert());
+    module.def("entropies", &entropies, py::arg("teacher").noconvert(), py::arg("used").noconvert(),
+               py::arg("threads"), py::arg("entropy").noconvert());
+    module.def("kd_loss_gradient", &kd_loss_gradient, py::arg("out").noconvert(), py::arg("student").noconvert(),
+               py::arg("teacher").noconvert(), py::arg("labels").noconvert(), py::arg("kept").noconvert(),
+               py::arg("soft").noconvert(), py::arg("hard").noconvert(), py::arg("temperature"), py::arg("threads"));
 }

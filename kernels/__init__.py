@@ -13,11 +13,13 @@ if not __name__.startswith("protnest."):
     raise ImportError(_message)
 
 if TYPE_CHECKING:
+    from .kd_loss import kd_loss
+    from .linear_kd_loss import linear_kd_loss
     from .nested_embed import nested_embed
     from .plan_batches import plan_batches
     from .tokenise import tokenise
 
-__all__ = ["nested_embed", "plan_batches", "tokenise"]
+__all__ = ["kd_loss", "linear_kd_loss", "nested_embed", "plan_batches", "tokenise"]
 
 
 class _Operations(ModuleType):

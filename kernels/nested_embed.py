@@ -20,12 +20,13 @@ width of the buffer that rows live in.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
+
+from .hardware import why_not_triton
 
 _logger = logging.getLogger(__name__)
 _explained: set[str] = set()
@@ -161,24 +162,9 @@ _nested_embed.register_autograd(_backward, setup_context=_keep_for_backward)
 
 
 def _why_not_triton(nested_TX: torch.Tensor, weight_dtype: torch.dtype) -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
     if nested_TX.dtype != torch.float32 or weight_dtype == torch.float64:
         return f"the row is {nested_TX.dtype}, the weights {weight_dtype}; it takes fp32 rows and no fp64"
-    if not _needs_a_gpu():
-        return None
-    if nested_TX.device.type != "cuda":
-        return f"tensors are on {nested_TX.device.type}"
-    if torch.cuda.get_device_capability(nested_TX.device) < (8, 0):
-        return "the GPU's compute capability is below 8.0"
-    return None
-
-
-def _needs_a_gpu() -> bool:
-    """False in Triton's interpreter, which runs on the CPU."""
-    from .gpu.launch import is_interpreting
-
-    return not is_interpreting()
+    return why_not_triton(nested_TX.device)
 
 
 def _choose(nested_TX: torch.Tensor, weight_dtype: torch.dtype, impl: str) -> str:

@@ -142,8 +142,8 @@ import importlib, logging, pkgutil
 import protnest.{folder} as package
 handlers = list(logging.getLogger().handlers)
 for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-    # Triton's twins load Triton: that is what they are for, and nothing imports them before a GPU's first use.
-    if not module.name.endswith("._C") and not module.name.startswith("protnest.kernels.gpu."):
+    # Whoever imports a Triton twin wants Triton.
+    if not module.name.endswith("._C") and ".gpu." not in module.name:
         importlib.import_module(module.name)
 torch = sys.modules.get("torch")
 assert torch is None or not torch.cuda.is_initialized(), "CUDA was started"

@@ -1,2 +1,1 @@
-"""Triton twins of the operations, one file each. Importing one of them loads Triton, so nothing does before a GPU's
-first use; importing this package itself loads nothing."""
+"""Triton twins of the operations, loaded on first use on a GPU (or with TRITON_INTERPRET=1, on the CPU)."""

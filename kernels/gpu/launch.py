@@ -1,31 +1,27 @@
-"""What a Triton kernel is launched with, as data, so that a machine without a GPU can compile it for every GPU."""
+"""What can be launched: a kernel with its types, constants and options, as the ahead-of-time compiler wants it."""
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
+import dataclasses
+from typing import Any
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Launch:
-    """One way in which a kernel can be launched.
+    """One configuration of one kernel.
 
     Attributes:
-        name: which it is, for messages.
-        kernel: the `triton.JITFunction`.
-        signature: type of each argument by name, as Triton's compiler takes them: `*fp32`, `i32`, `constexpr`.
-        constexprs: value of each constant by name.
-        num_warps, num_stages: options of the compiler.
+        name: of the configuration, unique within its file.
+        kernel: the Triton function.
+        signature: type of each argument in Triton's words, "constexpr" for constants.
+        constexprs: values of the constants.
+        num_warps: of 32 threads each.
+        num_stages: depth of software pipelining.
     """
 
     name: str
-    kernel: object
+    kernel: Any
     signature: dict[str, str]
-    constexprs: dict[str, object]
+    constexprs: dict[str, Any]
     num_warps: int
-    num_stages: int
-
-
-def is_interpreting() -> bool:
-    """Whether Triton runs its kernels in NumPy on the CPU, as TRITON_INTERPRET=1 asks before the first import."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+    num_stages: int = 2

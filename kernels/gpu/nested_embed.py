@@ -16,7 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import Launch, is_interpreting
+from ..hardware import is_interpreting
+from .launch import Launch
 
 
 @triton.jit

@@ -85,7 +85,7 @@ def test_errors_are_named(run: Any, options: list[str], code: int, message: str)
     assert message in plain
 
 
-@pytest.mark.parametrize("script", ["bench_embed.py", "gpu.py"])
+@pytest.mark.parametrize("script", ["bench_embed.py", "bench_kd.py", "gpu.py"])
 def test_scripts_run_by_path_from_the_checkout(script: str) -> None:
     """Also without PYTHONSAFEPATH: then sys.path begins with benchmarks/."""
     done = subprocess.run(

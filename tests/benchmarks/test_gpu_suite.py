@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import time
@@ -13,12 +14,16 @@ import torch
 from protnest.benchmarks import gpu, gpu_suite
 from protnest.benchmarks.gpu_suite import (
     MIXED_LENGTHS,
+    kd_parity_rows,
+    kd_rows,
     mixed_batch,
     parity_rows,
     run_tests,
     split_batch,
     throughput_rows,
 )
+from protnest.benchmarks.kd_engines import Engine, protnest
+from protnest.benchmarks.kd_problems import Problem
 from protnest.engine.alphabet import MASK_ID
 from protnest.engine.config import EncoderConfig
 
@@ -98,6 +103,36 @@ def test_throughput_runs_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     json.dumps(rows, allow_nan=False)
 
 
+def test_losses_are_compared_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = kd_parity_rows(CPU, ours="chunked", vocabularies=(5, 33), rows=70)
+    assert len(rows) == 2 * 2 * 3 * 4
+    assert all(row["ok"] and 0 < row["gradient_error"] <= row["gradient_bound"] for row in rows)
+    assert gpu._summary(rows) == "all shapes: 48 of 48 within their bounds"
+    monkeypatch.setattr(gpu_suite, "protnest", lambda impl, options: _scaled(protnest(impl, options), impl))
+    wrong = kd_parity_rows(CPU, ours="chunked", vocabularies=(5,), precisions=("fp32",), rows=70)
+    assert not any(row["ok"] for row in wrong)
+    json.dumps(wrong, allow_nan=False)
+
+
+def _scaled(engine: Engine, impl: str) -> Engine:
+    factor = 1.0 if impl == "reference" else 1.001
+    return dataclasses.replace(engine, loss=lambda data: engine.loss(data) * factor)
+
+
+@pytest.mark.parametrize("operation", ["kd_loss", "linear_kd_loss"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_losses_are_timed_on_the_cpu(operation: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_suite, "copy_gbytes_per_s", lambda device: 1.0)
+    problem = Problem(operation=operation, vocabulary=33, rows=40, segments="proteins", precision=precision)
+    rows = kd_rows(problem, CPU, deadline=0.0, ours="chunked", peers=("eager", "liger"), pairs=9)
+    directions = ["forward", "forward+backward"] if operation == "kd_loss" else ["forward+backward"]
+    expected = [(direction, engine) for direction in directions for engine in ("chunked", "eager")]
+    assert [(row["direction"], row["engine"]) for row in rows] == expected
+    assert all(row["ok"] and row["passes"] == 3 and row["copy_gbytes_per_s"] == 1 for row in rows)
+    assert f"{operation} V=33 {precision}: forward" in gpu._summary(rows)
+    json.dumps(rows, allow_nan=False)
+
+
 def test_test_section_counts_outcomes(tmp_path: Path) -> None:
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_device.py").write_text(_TESTS)
@@ -136,11 +171,15 @@ def test_sections_go_on_after_one_failed(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr("protnest.benchmarks.rows.machine_facts", lambda device, commit: {"commit": commit})
     monkeypatch.setattr(gpu_suite, "run_tests", broken)
     monkeypatch.setattr(gpu_suite, "parity_rows", broken)
+    monkeypatch.setattr(gpu_suite, "kd_rows", broken)
+    monkeypatch.setattr(gpu_suite, "kd_parity_rows", lambda device: [{"shape": "kd_loss V=33", "ok": True}])
     monkeypatch.setattr(gpu_suite, "throughput_rows", lambda *given, **o: [row | {"ours_times_faster_median": None}])
     out = tmp_path / "gpu.json"
     assert gpu.main(["--out", str(out), "--shapes", "8M", "--commit", "abc"]) == 1
     document = json.loads(out.read_text())
     assert [row["section"] for row in document["rows"]].count("parity") == len(gpu_suite.SMALL_SHAPES) + 2
+    losses = [row["ok"] for row in document["rows"] if row["section"] == "kd"]
+    assert losses == [True, *[False] * len(gpu_suite.KD_PROBLEMS)]
     assert document["rows"][-1]["section"] == "throughput"
     assert (document["rows"][-1]["ok"], document["ok"], document["machine"]) == (True, False, {"commit": "abc"})
     assert gpu.main(["--out", str(out), "--shapes", "8M", "--sections", "throughput"]) == 0
@@ -161,7 +200,7 @@ def test_wrong_usage_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "no 9M; allowed are 8M" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         gpu.main(["--out", out, "--sections", "test"])
-    assert "allowed are tests,parity,throughput" in capsys.readouterr().err.replace(", ", ",")
+    assert "allowed are tests,parity,kd,throughput" in capsys.readouterr().err.replace(", ", ",")
 
 
 def test_shapes_cover_the_published_head_widths() -> None:
