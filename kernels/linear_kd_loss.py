@@ -12,7 +12,8 @@ gradient has to wait for them:
     weight_normalization="weight", or a GPU    two sweeps over all rows: the sum of all weights comes first; on a GPU,
                                                asking where segments end would make the host wait
 
-On the CPU, rows that count in neither loss are left out before the products. Gradients are worked out in the forward
+On the CPU, rows that count in neither loss are left out before the products, where there are enough of them; elsewhere
+they are multiplied too, so hidden states must be finite in all rows. Gradients are worked out in the forward
 pass, as soon as a chunk's logits are there, and handed over by the first backward; a second one raises. Gradients of
 weight and bias are summed in fp32 (fp64 for fp64). Logits have the hidden states' dtype, as a head of its own would
 give them.
@@ -38,6 +39,8 @@ from .linear import linear, needs_widening
 
 _CHUNK_BYTES = {"cpu": 48 << 20, "cuda": 1 << 30}
 _LEAST_CHUNK_ROWS = 16
+# At 5 GB/s and 60 GFLOP/s, gathering a row's hidden states takes about as long as multiplying for so many logits.
+_GATHERED_LOGITS = 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -181,23 +184,33 @@ class _Batch:
             weight_N.copy_(self.soft_N)
         # Where the sum of weights is asked for there is one group, and so all weights are there before it is used.
         for begin, end in _groups(self.cu_seqlens, N, chunk, self.options):
+            group = slice(begin, end)
             chunks = [slice(first, min(first + chunk, end)) for first in range(begin, end, chunk)]
-            if self.options.uncertainty:
-                self._weigh(slice(begin, end), chunks, results, teacher_CV)
-            scales = loss_scales(weight_N, self.soft_N, self.hard_N, self.options)
+            # The entropies of a single chunk come with its losses.
+            swept = self.options.uncertainty and len(chunks) > 1
+            if swept:
+                for own in chunks:
+                    self._entropies(own, results, teacher_CV)
+                self._weigh(group, results)
             for own in reversed(chunks):
-                if not self.options.uncertainty or own is not chunks[-1]:
+                if not (swept and own is chunks[-1]):
                     self.teacher.write_logits(own, teacher_CV)
-                self._losses(own, student_CV, teacher_CV, results, scales, gradients)
+                logits = self._losses(own, student_CV, teacher_CV, results, entropies_too=not swept)
+                if not swept and self.options.uncertainty:
+                    self._weigh(group, results)
+                if gradients.wanted:
+                    scales = loss_scales(weight_N, self.soft_N, self.hard_N, self.options)
+                    self._gradients(own, *logits, results, scales, gradients)
         scales = loss_scales(weight_N, self.soft_N, self.hard_N, self.options)
         return sum_rows(results, scales, self.options.temperature)
 
-    def _weigh(self, group: slice, chunks: list[slice], results: RowResults, teacher_CV: torch.Tensor) -> None:
-        """Fills the weights of a group by its entropies, and leaves the last chunk's logits in the teacher's buffer."""
-        for own in chunks:
-            logits_CV = self.teacher.write_logits(own, teacher_CV)
-            rows = rows_module(self.impl)
-            rows.entropies(logits_CV, self.soft_N[own], results.entropy_N[own], self._numbers(own))
+    def _entropies(self, own: slice, results: RowResults, teacher_CV: torch.Tensor) -> None:
+        """Fills the entropies of a chunk, and leaves its logits in the teacher's buffer."""
+        logits_CV = self.teacher.write_logits(own, teacher_CV)
+        rows_module(self.impl).entropies(logits_CV, self.soft_N[own], results.entropy_N[own], self._numbers(own))
+
+    def _weigh(self, group: slice, results: RowResults) -> None:
+        """Fills the weights of a group, whose entropies are there."""
         cu_seqlens = (self.cu_seqlens - group.start).clamp(0, group.stop - group.start)
         weights = weigh_rows(results.entropy_N[group], self.soft_N[group], cu_seqlens, self.options)
         RowScalars(*results.kept_SN).weight[group] = weights
@@ -208,29 +221,45 @@ class _Batch:
         student_CV: torch.Tensor,
         teacher_CV: torch.Tensor,
         results: RowResults,
+        *,
+        entropies_too: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Fills the results of a chunk whose teacher's logits are there; gives both models' logits."""
+        student_CV, teacher_CV = self.student.write_logits(own, student_CV), teacher_CV[: own.stop - own.start]
+        options = dataclasses.replace(self.options, uncertainty=self.options.uncertainty and entropies_too)
+        chosen = (self.labels_N[own], self.soft_N[own], self.hard_N[own])
+        found = results.of_block(own)
+        rows_module(self.impl).losses(student_CV, teacher_CV, *chosen, options, found, self._numbers(own))
+        return student_CV, teacher_CV
+
+    def _gradients(
+        self,
+        own: slice,
+        student_CV: torch.Tensor,
+        teacher_CV: torch.Tensor,
+        results: RowResults,
         scales: torch.Tensor,
         gradients: _Gradients,
     ) -> None:
-        """Fills the results of a chunk whose weights and teacher's logits are there, and adds to the gradients."""
-        rows, found = rows_module(self.impl), results.of_block(own)
-        labels_C, soft_C, hard_C = self.labels_N[own], self.soft_N[own], self.hard_N[own]
-        student_CV, teacher_CV = self.student.write_logits(own, student_CV), teacher_CV[: len(labels_C)]
-        options = dataclasses.replace(self.options, uncertainty=False)  # the entropies are there
-        rows.losses(student_CV, teacher_CV, labels_C, soft_C, hard_C, options, found, self._numbers(own))
-        if gradients.wanted:
-            # The gradient takes the place of the logits.
-            temperature = self.options.temperature
-            rows.gradient(student_CV, student_CV, teacher_CV, labels_C, hard_C, found.kept_SN, scales, temperature)
-            gradients.add(own, student_CV, self.student)
+        """Adds a chunk's gradients; that of the student's logits takes their place."""
+        labels_C, hard_C, kept_SC = self.labels_N[own], self.hard_N[own], results.kept_SN[:, own]
+        temperature = self.options.temperature
+        rows_module(self.impl).gradient(
+            student_CV, student_CV, teacher_CV, labels_C, hard_C, kept_SC, scales, temperature
+        )
+        gradients.add(own, student_CV, self.student)
 
     def _numbers(self, own: slice) -> torch.Tensor | None:
         return None if self.numbers_N is None else self.numbers_N[own]
 
 
 def _leave_out_unused(batch: _Batch) -> tuple[_Batch, torch.Tensor | None]:
-    """On the CPU, the batch of those rows that count, and their numbers; None where they all do."""
+    """On the CPU, the batch of those rows that count, and their numbers; None where leaving out would not pay."""
     used_N = batch.soft_N | batch.hard_N
-    if used_N.device.type != "cpu" or bool(used_N.all()):
+    if used_N.device.type != "cpu":
+        return batch, None
+    used = int(used_N.sum())
+    if (used_N.numel() - used) * batch.student.weight_VD.shape[0] <= _GATHERED_LOGITS * used:
         return batch, None
     numbers = used_N.nonzero()[:, 0]
     before_N1 = torch.nn.functional.pad(used_N.cumsum(0), (1, 0))

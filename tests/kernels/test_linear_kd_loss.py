@@ -233,15 +233,27 @@ def test_one_product_with_the_teacher_where_segments_fit(impl: str) -> None:
         assert sum(rows for width, rows in heads if width == _E) == 60
 
 
-def test_rows_that_do_not_count_are_not_multiplied() -> None:
-    given = _cast(_make(), torch.float32)
+@pytest.mark.parametrize(("ignored", "left_out"), [(0.8, True), (0.1, False)])
+def test_rows_that_do_not_count_are_left_out_where_that_pays(ignored: float, left_out: bool) -> None:
+    given = _cast(_make(ignored=ignored), torch.float32)
     gold = _gold(given)
-    ignored = given["labels"] == -100
-    for name in ("student_hidden", "teacher_hidden"):
-        given[name][ignored] = torch.nan
-    got = _run(given, "chunked")
+    unused = given["labels"] == -100
+    if left_out:
+        for name in ("student_hidden", "teacher_hidden"):
+            given[name][unused] = torch.nan
+    multiplied: list[int] = []
+    write = module.Head.write_logits
+
+    def count(head: Any, own: slice, out_CV: torch.Tensor) -> torch.Tensor:
+        multiplied.append(own.stop - own.start)
+        result: torch.Tensor = write(head, own, out_CV)
+        return result
+
+    with mock.patch.object(module.Head, "write_logits", count):
+        got = _run(given, "chunked")
+    assert sum(multiplied) == 2 * (int((~unused).sum()) if left_out else 60)
     _assert_close(got, gold, 3e-6)
-    assert not got[1][ignored].any()
+    assert not got[1][unused].any()
 
 
 @pytest.mark.parametrize("impl", ["chunked", cpu])
