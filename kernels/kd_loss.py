@@ -28,6 +28,7 @@ Shapes: N rows, V vocabulary, B segments, B1 = B + 1, S numbers kept a row.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import itertools
@@ -312,13 +313,7 @@ def kd_loss(
         labels,
         cu_seqlens,
         soft_rows,
-        temperature,
-        alpha,
-        smoothing,
-        uncertainty,
-        smooth,
-        weight_normalization,
-        ignore_index,
+        *dataclasses.astuple(options),
         inplace,
         chosen,
     )

@@ -17,7 +17,7 @@ _INTEGERS = (torch.int32, torch.int64)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KDOptions:
-    """Switches of the distillation loss; `kd_loss` has its formula.
+    """Switches of the distillation loss, in the order in which its operations take them; `kd_loss` has its formula.
 
     Attributes:
         temperature: T > 0 of the soft loss.
