@@ -18,7 +18,7 @@ pass, as soon as a chunk's logits are there, and handed over by the first backwa
 weight and bias are summed in fp32 (fp64 for fp64). Logits have the hidden states' dtype, as a head of its own would
 give them.
 
-Memory beside inputs and gradients: two chunks of logits (48 MB together on a CPU, 1 GB on a GPU). Where V is small and
+Memory beside inputs and gradients: two chunks of logits (64 MB together on a CPU, 1 GB on a GPU). Where V is small and
 D large, `kd_loss` on whole logits is as good.
 
 Shapes: N rows, C rows of a chunk, D and E widths of student and teacher, V vocabulary, B segments, B1 = B + 1.
@@ -37,7 +37,7 @@ from .kd_options import FLOATS, KDOptions, check_device, check_dtype, check_rows
 from .kd_rows import RowResults, RowScalars, loss_scales, soft_and_hard_rows, sum_rows, weigh_rows, work_dtype
 from .linear import linear, needs_widening
 
-_CHUNK_BYTES = {"cpu": 48 << 20, "cuda": 1 << 30}
+_CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
 _LEAST_CHUNK_ROWS = 16
 # At 5 GB/s and 60 GFLOP/s, gathering a row's hidden states takes about as long as multiplying for so many logits.
 _GATHERED_LOGITS = 20
