@@ -68,6 +68,35 @@ def parse_variant(name: str, wild_type: str) -> Variant:
     return Variant(name=name.strip(), sites=tuple(sites), sequence="".join(letters))
 
 
+def parse_region(text: str) -> tuple[int, int]:
+    """First and last residue of a region spelt `331-531`.
+
+    Raises:
+        InputError: it is spelt otherwise, or empty.
+    """
+    match = re.fullmatch(r"\s*([1-9]\d*)\s*-\s*([1-9]\d*)\s*", text)
+    if match is None or int(match[1]) > int(match[2]):
+        message = f"region {text!r} is not spelt like 331-531, first and last residue counted from 1"
+        raise InputError(message)
+    return int(match[1]), int(match[2])
+
+
+def confine(variant: Variant, first: int, last: int) -> Variant:
+    """The part of a variant from residue `first` to `last`, counted from 1, both included; it keeps its name.
+
+    Raises:
+        InputError: the region is empty or lies outside of the protein, or a substitution lies outside of the region.
+    """
+    if not 1 <= first <= last <= len(variant.sequence):
+        message = f"residues {first} to {last} are no part of a protein of {len(variant.sequence)}"
+        raise InputError(message)
+    if outside := [site + 1 for site in variant.sites if not first <= site + 1 <= last]:
+        message = f"variant {variant.name!r}: residue {outside[0]} lies outside of {first} to {last}"
+        raise InputError(message)
+    sites = tuple(site - first + 1 for site in variant.sites)
+    return Variant(name=variant.name, sites=sites, sequence=variant.sequence[first - 1 : last])
+
+
 def read_scan(path: Path, wild_type: str, *, column: str = "DMS_score") -> tuple[list[Variant], list[float]]:
     """Reads a mutational scan: a CSV, plain or .gz, with the columns `mutant` and `column`.
 

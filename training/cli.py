@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .label_task import LabelResult
+    from .probe import ProbeResult
+    from .score_plot import Point
 
 
 def pretrain(
@@ -144,32 +151,44 @@ def probe(
     variants: Annotated[
         int | None, typer.Option(help="At most so many variants, drawn at random.", min=1, show_default="all")
     ] = None,
+    region: Annotated[
+        str | None,
+        typer.Option(
+            help="Residues that the models see, as 331-531, counted from 1; for domains of long proteins.",
+            show_default="all",
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file for the results.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Picture of score against size: .png, .svg or .pdf; needs matplotlib.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of folds, draws and bootstrap.", min=0)] = 0,
     precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], typer.Option(help="Of the models.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     json_output: Annotated[bool, typer.Option("--json", help="Print the report as JSON on standard output.")] = False,
 ) -> None:
     """Judge embeddings on a mutational scan: a ridge probe per model, nested prefix, naive row and concatenation."""
-    import json
-
     import numpy as np
     from rich.console import Console
-    from rich.table import Column, Table
 
-    from ..engine.atomic import write_atomically
     from ..engine.chain import Chain
     from ..engine.models import load_model
     from ..engine.progress import EmbedProgress
-    from ..engine.variants import read_scan, read_wild_type
+    from ..engine.variants import confine, parse_region, read_scan, read_wild_type
     from .probe import as_report
     from .probe import probe as run
+    from .score_plot import check_plot, draw_scores
 
+    if plot is not None:
+        check_plot(plot)
+    bounds = None if region is None else parse_region(region)
     scan, scores = read_scan(mutants, read_wild_type(wt, name), column=column)
     found = len(scan)
     if variants is not None and variants < found:
         chosen = np.sort(np.random.default_rng(seed).permutation(found)[:variants]).tolist()
         scan, scores = [scan[row] for row in chosen], [scores[row] for row in chosen]
+    if bounds is not None:
+        scan = [confine(variant, *bounds) for variant in scan]
     chains = [Chain.load(file) for file in chain or ()]
     encoders = [load_model(each, device=device, precision=precision) for each in models.split(",")]
     console = Console(stderr=True)
@@ -181,20 +200,145 @@ def probe(
         mutants=mutants.name,
         found=found,
         variants=len(scan),
+        region=region,
         seed=seed,
         models=[encoder.name for encoder in encoders],
     )
-    text = json.dumps(report, indent=1, allow_nan=False) + "\n"
+    _write_report(report, out, json_output=json_output)
+    if plot is not None:
+        sizes = {encoder.name: encoder.dim for encoder in encoders}
+        panels = {(each.pooling, each.subset): f"{each.pooling}, {each.variants:,} {each.subset}" for each in results}
+        points = {
+            title: [_point(each, each.spearman) for each in results if (each.pooling, each.subset) == key]
+            for key, title in panels.items()
+        }
+        draw_scores(plot, points, sizes, score="Spearman", title=mutants.name)
+    if not json_output:
+        heads = ("pooling", "variants")
+        _print_results(
+            "Spearman",
+            heads,
+            [((each.pooling, f"{each.variants:,} {each.subset}"), each, each.spearman) for each in results],
+        )
+
+
+def probe_labels(
+    labels: Annotated[
+        Path,
+        typer.Argument(
+            help="Table (tabs or commas, plain or .gz) with `sequence`, `label` and perhaps `set`; or, with "
+            "--sequences, FASTA with a letter for each residue's state.",
+            metavar="LABELS",
+        ),
+    ],
+    models: Annotated[str, typer.Option(help="Names, folders or .pt files joined by commas, smallest first.")],
+    sequences: Annotated[
+        Path | None, typer.Option(help="FASTA file with the proteins, where LABELS are residues' states.")
+    ] = None,
+    mask: Annotated[
+        Path | None, typer.Option(help="FASTA file with 0 for each residue whose state does not count, else 1.")
+    ] = None,
+    chain: Annotated[list[Path] | None, typer.Option(help="Chain file of these models; again for a naive one.")] = None,
+    train: Annotated[
+        int | None, typer.Option(help="At most so many proteins to train on, at random.", min=1, show_default="all")
+    ] = None,
+    test: Annotated[
+        int | None, typer.Option(help="At most so many proteins to test on, at random.", min=1, show_default="all")
+    ] = None,
+    longest: Annotated[
+        int | None, typer.Option(help="Leaves out proteins of more residues.", min=1, show_default="none")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the results.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Picture of score against size: .png, .svg or .pdf; needs matplotlib.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of draws and bootstrap.", min=0)] = 0,
+    precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], typer.Option(help="Of the models.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    json_output: Annotated[bool, typer.Option("--json", help="Print the report as JSON on standard output.")] = False,
+) -> None:
+    """Judge embeddings on classes of proteins or states of residues: a ridge classifier per model and nested prefix."""
+    from rich.console import Console
+
+    from ..engine.chain import Chain
+    from ..engine.models import load_model
+    from ..engine.progress import EmbedProgress
+    from .label_task import probe_labels as run
+    from .labelled import choose, read_classes, read_states
+    from .score_plot import check_plot, draw_scores
+
+    if mask is not None and sequences is None:
+        message = "--mask goes with --sequences"
+        raise typer.BadParameter(message)
+    if plot is not None:
+        check_plot(plot)
+    found = read_classes(labels) if sequences is None else read_states(sequences, labels, mask)
+    proteins = choose(found, longest=longest, train=train, test=test, seed=seed)
+    chains = [Chain.load(file) for file in chain or ()]
+    encoders = [load_model(each, device=device, precision=precision) for each in models.split(",")]
+    with EmbedProgress(Console(stderr=True)) as progress:
+        progress.start(len(proteins), len(encoders) * sum(len(each.sequence) for each in proteins), 0)
+        found_report = run(encoders, proteins, chains=chains, seed=seed, after_batch=progress.advance)
+    names = [encoder.name for encoder in encoders]
+    report = found_report.as_json(labels=labels.name, longest=longest, seed=seed, models=names)
+    _write_report(report, out, json_output=json_output)
+    results = found_report.results
+    if plot is not None:
+        points = {
+            name: [_point(each, each.score) for each in results if each.measure == name]
+            for name in dict.fromkeys(each.measure for each in results)
+        }
+        sizes = {encoder.name: encoder.dim for encoder in encoders}
+        draw_scores(plot, points, sizes, score="on the proteins for testing", title=labels.name)
+    if not json_output:
+        console = Console(stderr=True)
+        trained, tested = found_report.proteins
+        console.print(
+            f"{trained:,} proteins to train on, {tested:,} to test on; {len(found_report.classes)} classes; "
+            f"the most frequent one alone: {found_report.majority:.3f}",
+            highlight=False,
+        )
+        _print_results("score", ("measure",), [((each.measure,), each, each.score) for each in results])
+
+
+def _write_report(report: dict[str, Any], out: Path | None, *, json_output: bool) -> None:
+    import json
+
+    from ..engine.atomic import write_atomically
+
     if out is not None:
+        text = json.dumps(report, indent=1, allow_nan=False) + "\n"
         write_atomically(out, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     if json_output:
         typer.echo(json.dumps(report, allow_nan=False))
-        return
+
+
+def _features(each: ProbeResult | LabelResult) -> str:
+    """How a table or a legend calls them."""
+    return each.representation if each.regressor in (None, "naive") else f"{each.representation} {each.regressor}"
+
+
+def _point(each: ProbeResult | LabelResult, score: float | None) -> Point:
+    from .score_plot import Point
+
+    return Point(line=_features(each), model=each.model, score=score, low=each.low, high=each.high)
+
+
+def _print_results(
+    score: str,
+    heads: tuple[str, ...],
+    rows: Sequence[tuple[tuple[str, ...], ProbeResult | LabelResult, float | None]],
+) -> None:
+    from rich.console import Console
+    from rich.table import Column, Table
+
     largest = Column("largest model", overflow="fold")
-    table = Table("pooling", "variants", "features", largest, "width", "Spearman", "95 %", box=None)
-    for each in results:
-        shown = ("", "") if each.spearman is None else (f"{each.spearman:.3f}", f"{each.low:.3f} to {each.high:.3f}")
-        table.add_row(
-            each.pooling, f"{each.variants:,} {each.subset}", each.representation, each.model, str(each.width), *shown
+    table = Table(*heads, "features", largest, "width", score, "95 %", box=None)
+    for words, each, value in rows:
+        shown = (
+            ("", "")
+            if value is None or each.low is None or each.high is None
+            else (f"{value:.3f}", f"{each.low:.3f} to {each.high:.3f}")
         )
+        table.add_row(*words, _features(each), each.model, str(each.width), *shown)
     Console(soft_wrap=True).print(table)

@@ -97,29 +97,3 @@ class LabelProbe:
         scores_RC = rows_RP @ self._weight_PC.numpy() + self._bias_C.numpy()
         labels_R: Labels = scores_RC.argmax(axis=1)
         return labels_R
-
-
-def accuracy(labels_R: Labels, predicted_R: Labels) -> float:
-    """Share of rows whose class is right; over residues' three states that is Q3."""
-    return float((labels_R == predicted_R).mean())
-
-
-def macro_f1(labels_R: Labels, predicted_R: Labels) -> float:
-    """Mean of the classes' F1, each counting alike; over the classes that occur in the labels."""
-    scores = []
-    for label in np.unique(labels_R):
-        truly, said = labels_R == label, predicted_R == label
-        scores.append(2 * (truly & said).sum() / (truly.sum() + said.sum()))
-    return float(np.mean(scores))
-
-
-def share_interval(
-    right_B: Floats, total_B: Floats, *, samples: int = 1000, level: float = 0.95, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile interval of `sum(right) / sum(total)` over proteins drawn with replacement: residues of a protein are
-    not independent, so proteins are what is drawn."""
-    rng = np.random.default_rng(seed)
-    drawn = rng.integers(len(right_B), size=(samples, len(right_B)))
-    shares = right_B[drawn].sum(axis=1) / total_B[drawn].sum(axis=1)
-    low, high = np.quantile(shares, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)

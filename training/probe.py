@@ -8,13 +8,11 @@ Shapes: N variants, D width of a model, W of a row.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from ..engine.chain import Chain
 from ..engine.embedder import Embedder
@@ -22,7 +20,9 @@ from ..engine.encoder import Encoder
 from ..engine.errors import InputError
 from ..engine.family import Family
 from ..engine.variants import Variant
-from .ridge_probe import FOLDS, Floats, bootstrap_interval, cross_validated, spearman, split
+from .bootstrap import Against, finite, held_against, interval
+from .representation import representations, rivals
+from .ridge_probe import FOLDS, Floats, bootstrap_spearman, cross_validated, spearman, split
 
 _VARIANTS_AT_ONCE = 128
 POOLINGS = ("mean", "site")
@@ -34,6 +34,7 @@ class ProbeResult:
 
     Attributes:
         representation: "raw", "nested", "naive" or "concat".
+        regressor: of the chain behind it, None without one.
         model: the largest model behind it.
         width: features.
         pooling: "mean" over all residues, or "site", over the mutated ones.
@@ -41,9 +42,11 @@ class ProbeResult:
         variants: how many it is judged on.
         spearman, low, high: of predictions with their fold left out, with a 95 % bootstrap interval; None where it is
             not defined.
+        against: differences of `spearman` to others'.
     """
 
     representation: str
+    regressor: str | None
     model: str
     width: int
     pooling: str
@@ -52,6 +55,7 @@ class ProbeResult:
     spearman: float | None
     low: float | None
     high: float | None
+    against: tuple[Against, ...] = ()
 
 
 def variant_features(
@@ -67,32 +71,6 @@ def variant_features(
             out["mean"][place] = rows_LD.mean(axis=0, dtype=np.float64)
             out["site"][place] = rows_LD[list(variant.sites)].mean(axis=0, dtype=np.float64)
     return out
-
-
-def chain_rows(chain: Chain, embeddings: Sequence[Floats]) -> list[Floats]:
-    """The chain's rows after each model, from pooled embeddings of its models: fp64 (N, W) each."""
-    rows = [torch.from_numpy(embeddings[0])]
-    for stage, embedding in zip(chain.stages, embeddings[1:], strict=False):
-        row, y = rows[-1], torch.from_numpy(embedding)
-        mean, components = stage.mean.double(), stage.components.double()
-        if stage.weight_XD is None or stage.bias_D is None:
-            rows.append((torch.cat((row, y), dim=1) - mean) @ components.T)
-        else:
-            missed = y - row @ stage.weight_XD.double() - stage.bias_D.double() - mean
-            rows.append(torch.cat((row, missed @ components.T), dim=1))
-    return [row.numpy() for row in rows]
-
-
-def representations(
-    names: Sequence[str], raw: Sequence[Floats], chains: Sequence[Chain]
-) -> list[tuple[str, str, Floats]]:
-    """What is compared: (kind, largest model, features), from each model's pooled embeddings."""
-    listed = [("raw", name, features) for name, features in zip(names, raw, strict=True)]
-    for chain in chains:
-        kind = "naive" if chain.is_naive else "nested"
-        listed += [(kind, name, row) for name, row in zip(names, chain_rows(chain, raw), strict=True)][1:]
-    listed += [("concat", names[count - 1], np.concatenate(raw[:count], axis=1)) for count in range(2, len(raw) + 1)]
-    return listed
 
 
 def probe(
@@ -134,28 +112,31 @@ def probe(
         subsets |= {"singles": is_single, "multiples": ~is_single}
     results = []
     for pooling in POOLINGS:
-        for kind, model, rows_NW in representations(names, [each[pooling] for each in features], chains):
-            predicted_N = cross_validated(rows_NW, targets_N, folds_N)
-            for subset, member in subsets.items():
-                low, high = bootstrap_interval(predicted_N[member], targets_N[member], seed=seed)
+        listed = representations(names, [each[pooling] for each in features], chains)
+        predictions = [cross_validated(each.rows_NW, targets_N, folds_N) for each in listed]
+        others = rivals(listed)
+        for subset, member in subsets.items():
+            pairs = [(predicted_N[member], targets_N[member]) for predicted_N in predictions]
+            scores = [spearman(*pair) for pair in pairs]
+            samples = [bootstrap_spearman(*pair, seed=seed) for pair in pairs]
+            for place, each in enumerate(listed):
+                low, high = interval(samples[place])
                 results.append(
                     ProbeResult(
-                        representation=kind,
-                        model=model,
-                        width=rows_NW.shape[1],
+                        representation=each.kind,
+                        regressor=each.regressor,
+                        model=each.model,
+                        width=each.rows_NW.shape[1],
                         pooling=pooling,
                         subset=subset,
                         variants=int(member.sum()),
-                        spearman=_finite(spearman(predicted_N[member], targets_N[member])),
-                        low=_finite(low),
-                        high=_finite(high),
+                        spearman=finite(scores[place]),
+                        low=finite(low),
+                        high=finite(high),
+                        against=held_against(listed, place, others[place], scores, samples),
                     )
                 )
     return results
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def as_report(results: Sequence[ProbeResult], **facts: object) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from protnest.engine import InputError
-from protnest.engine.variants import parse_variant, read_scan, read_wild_type
+from protnest.engine.variants import confine, parse_region, parse_variant, read_scan, read_wild_type
 
 from support.shared_data import shared_path
 
@@ -47,6 +47,19 @@ def test_variants(name: str, sites: tuple[int, ...], sequence: str) -> None:
 def test_variants_that_cannot_be(name: str, problem: str) -> None:
     with pytest.raises(InputError, match=re.escape(problem)):
         parse_variant(name, WILD_TYPE)
+
+
+def test_regions() -> None:
+    variant = confine(parse_variant("A4G:K8R", WILD_TYPE), *parse_region("3-8"))
+    assert (variant.name, variant.sites, variant.sequence) == ("A4G:K8R", (1, 5), "TGYIAR")
+    assert confine(variant, 1, 6) == variant
+    with pytest.raises(InputError, match="residues 3 to 9 are no part of a protein of 8"):
+        confine(parse_variant("A4G", WILD_TYPE), 3, 9)
+    with pytest.raises(InputError, match="'A4G:K8R': residue 8 lies outside of 2 to 7"):
+        confine(parse_variant("A4G:K8R", WILD_TYPE), 2, 7)
+    for text in ("", "3", "3-", "0-4", "8-3", "a-b"):
+        with pytest.raises(InputError, match=re.escape(f"region {text!r} is not spelt like 331-531")):
+            parse_region(text)
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".csv.gz"])

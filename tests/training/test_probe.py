@@ -16,8 +16,10 @@ from protnest.engine.checkpoint import save_checkpoint
 from protnest.engine.cli import app
 from protnest.engine.variants import Variant, parse_variant
 from protnest.training import ridge_probe
-from protnest.training.probe import chain_rows, probe, representations, variant_features
-from protnest.training.ridge_probe import FOLDS, bootstrap_interval, cross_validated, ranks, spearman, split
+from protnest.training.bootstrap import interval
+from protnest.training.probe import probe, variant_features
+from protnest.training.representation import chain_rows, representations, rivals
+from protnest.training.ridge_probe import FOLDS, bootstrap_spearman, cross_validated, ranks, spearman, split
 from typer.testing import CliRunner
 
 from support.families import random_chain, tiny_family
@@ -121,12 +123,12 @@ def test_bootstrap_interval_covers() -> None:
     hits = 0
     for _ in range(60):
         pair = rng.multivariate_normal([0, 0], [[1, 0.6], [0.6, 1]], size=120)
-        low, high = bootstrap_interval(pair[:, 0], pair[:, 1], samples=200)
+        low, high = interval(bootstrap_spearman(pair[:, 0], pair[:, 1], samples=200))
         assert low < high
         hits += low <= truth <= high
     assert hits >= 50
-    assert bootstrap_interval(pair[:, 0], pair[:, 1]) == bootstrap_interval(pair[:, 0], pair[:, 1])
-    assert np.isnan(bootstrap_interval(np.ones(9), np.ones(9))).all()
+    assert np.array_equal(bootstrap_spearman(pair[:, 0], pair[:, 1]), bootstrap_spearman(pair[:, 0], pair[:, 1]))
+    assert np.isnan(interval(bootstrap_spearman(np.ones(9), np.ones(9)))).all()
 
 
 def test_features_are_means_over_all_residues_and_over_sites() -> None:
@@ -151,7 +153,8 @@ def test_chain_rows_are_the_embedders(chain: object) -> None:
 def test_what_is_compared() -> None:
     raw = [np.zeros((5, encoder.dim)) for encoder in FAMILY]
     listed = representations(["a", "b", "c"], raw, [CHAIN, NAIVE])
-    assert [(kind, model, features.shape[1]) for kind, model, features in listed] == [
+    names = [(each.kind, each.model, each.rows_NW.shape[1]) for each in listed]
+    assert names == [
         ("raw", "a", 16),
         ("raw", "b", 24),
         ("raw", "c", 40),
@@ -162,6 +165,31 @@ def test_what_is_compared() -> None:
         ("concat", "b", 40),
         ("concat", "c", 80),
     ]
+    assert [each.regressor for each in listed] == [None] * 3 + ["linear"] * 2 + ["naive"] * 2 + [None] * 2
+    held = {
+        (each.kind, each.model): [(listed[place].kind, listed[place].model) for place in places]
+        for each, places in zip(listed, rivals(listed), strict=True)
+    }
+    assert held == {
+        ("raw", "a"): [],
+        ("raw", "b"): [("raw", "a")],
+        ("raw", "c"): [("raw", "b")],
+        ("nested", "b"): [("raw", "a"), ("raw", "b"), ("naive", "b"), ("concat", "b")],
+        ("nested", "c"): [("nested", "b"), ("raw", "c"), ("naive", "c"), ("concat", "c")],
+        ("naive", "b"): [("raw", "a"), ("raw", "b")],
+        ("naive", "c"): [("naive", "b"), ("raw", "c")],
+        ("concat", "b"): [("raw", "a"), ("raw", "b")],
+        ("concat", "c"): [("concat", "b"), ("raw", "c")],
+    }
+
+
+def test_two_nested_chains_are_not_mixed_up() -> None:
+    """Each row is held against the smaller row of its own chain."""
+    raw = [np.zeros((5, encoder.dim)) for encoder in FAMILY]
+    listed = representations(["a", "b", "c"], raw, [CHAIN, random_chain(FAMILY, seed=1)])
+    for each, places in zip(listed, rivals(listed), strict=True):
+        if each.kind == "nested":
+            assert all(listed[place].chain in (None, each.chain) for place in places)
 
 
 def test_signal_is_found() -> None:
@@ -180,6 +208,13 @@ def test_signal_is_found() -> None:
         assert each.low is not None
         assert each.high is not None
         assert each.low <= each.spearman <= each.high
+    nested, raw40 = results["nested", "tiny40", "site", "all"], results["raw", "tiny40", "site", "all"]
+    beside = {(each.representation, each.model): each for each in nested.against}
+    against = beside["raw", "tiny40"]
+    assert against.difference == pytest.approx(nested.spearman - raw40.spearman)  # type: ignore[operator]
+    assert against.low <= against.difference <= against.high  # type: ignore[operator]
+    # Paired: both make the same mistakes, so their difference is known better than either.
+    assert against.high - against.low < nested.high - nested.low + raw40.high - raw40.low  # type: ignore[operator]
     counts = {each.subset: each.variants for each in results.values()}
     assert counts == {"all": 80, "singles": 40, "multiples": 40}
 
@@ -215,7 +250,32 @@ def test_command(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out.json").read_text()) == report
     assert (report["found"], report["variants"], report["folds"]) == (40, 30, 5)
     assert len(report["results"]) == 2 * 9 * 3
-    shown = CliRunner().invoke(app, words)
-    assert shown.exit_code == 0
+    picture = tmp_path / "plot.png"
+    shown = CliRunner().invoke(app, [*words, "--plot", str(picture)])
+    assert shown.exit_code == 0, shown.output
+    assert picture.read_bytes().startswith(b"\x89PNG")
     assert "nested" in shown.stdout
     assert "multiples" in shown.stdout
+
+
+def test_region_is_what_the_models_see(tmp_path: Path) -> None:
+    """Residues before and after it change nothing; a substitution outside of it is an error."""
+    save_checkpoint(FAMILY[0], tmp_path / "a")
+    variants, scores = _scan(30)
+    reports = []
+    for wild_type, shift, more in ((WILD_TYPE, 0, []), (f"MMM{WILD_TYPE}WWWW", 3, ["--region", "4-23"])):
+        rows = ""
+        for variant, score in zip(variants, scores, strict=True):
+            parts = [f"{part[0]}{int(part[1:-1]) + shift}{part[-1]}" for part in variant.name.split(":")]
+            rows += f"{':'.join(parts)},{score}\n"
+        (tmp_path / "scan.csv").write_text(f"mutant,DMS_score\n{rows}")
+        (tmp_path / "wt.fasta").write_text(f">wt\n{wild_type}\n")
+        words = ["probe", "--wt", str(tmp_path / "wt.fasta"), "--mutants", str(tmp_path / "scan.csv"), "--json"]
+        result = CliRunner().invoke(app, [*words, "--models", str(tmp_path / "a"), "--precision", "fp32", *more])
+        assert result.exit_code == 0, result.output
+        reports.append(json.loads(result.stdout))
+    assert reports[0]["results"] == reports[1]["results"]
+    assert (reports[0]["region"], reports[1]["region"]) == (None, "4-23")
+    outside = CliRunner().invoke(app, [*words, "--models", str(tmp_path / "a"), "--region", "4-8"])
+    assert outside.exit_code == 1
+    assert "lies outside of 4 to 8" in " ".join(outside.output.split())
