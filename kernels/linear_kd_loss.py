@@ -21,6 +21,8 @@ give them.
 Memory beside inputs and gradients: two chunks of logits (64 MB together on a CPU, 1 GB on a GPU). Where V is small and
 D large, `kd_loss` on whole logits is as good.
 
+The file is long for its arguments: the operation, its fake, and the function each spell out eighteen of them.
+
 Shapes: N rows, C rows of a chunk, D and E widths of student and teacher, V vocabulary, B segments, B1 = B + 1.
 """
 

@@ -7,6 +7,8 @@
 At T = 2 one exponential serves both temperatures. Everything is added up in fp32; sums along a row stay in as many
 lanes as the tile has until the end of the row. Nothing waits for the host.
 
+The file is long because six kernels of one operation share its layout of results and its launches.
+
 Shapes: N rows, V vocabulary, B segments, S numbers kept a row.
 """
 
