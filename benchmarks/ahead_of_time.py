@@ -14,7 +14,6 @@ import dataclasses
 import functools
 import importlib
 import itertools
-import os
 import re
 import subprocess
 import tempfile
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from protnest.kernels.hardware import is_interpreting
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -84,7 +84,7 @@ def compile_launch(name: str, launch: Any, chip: str) -> Compiled:
     Raises:
         RuntimeError: this process runs Triton's interpreter, which cannot compile.
     """
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if is_interpreting():
         message = "TRITON_INTERPRET=1 is set: Triton interprets in this process and cannot compile"
         raise RuntimeError(message)
     import triton
