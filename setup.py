@@ -1,17 +1,24 @@
 """Maps the folders engine/, kernels/, training/ and benchmarks/ into the namespace `protnest` and builds csrc/."""
 
+import sys
+
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
 
 FOLDERS = ("engine", "kernels", "kernels/gpu", "training", "benchmarks")
+SOURCES = ("kd_loss", "level", "plan_batches", "rotary_attention", "tokenise")
+# On Linux the runtime is the very libgomp that torch brings and has loaded: one pool of threads for both, where a second
+# one would wait beside torch's, which spins. Elsewhere `simd` alone, which needs no runtime: kernels run on one thread.
+OPENMP = "-fopenmp" if sys.platform == "linux" else "-fopenmp-simd"
 
 extension = Pybind11Extension(
     "protnest.kernels._C",
-    ["csrc/module.cpp", "csrc/kd_loss.cpp", "csrc/plan_batches.cpp", "csrc/tokenise.cpp"],
-    depends=["csrc/kd_loss.hpp", "csrc/plan_batches.hpp", "csrc/tokenise.hpp"],
+    [f"csrc/{name}.cpp" for name in ("module", *SOURCES)],
+    depends=[f"csrc/{name}.hpp" for name in (*SOURCES, "lanes")],
     cxx_std=17,
-    # simd: the pragmas that let sums be taken in parallel lanes, without OpenMP's runtime.
-    extra_compile_args=["-O3", "-fopenmp-simd"],
+    # psabi: notes about vectors in calls that are all inlined.
+    extra_compile_args=["-O3", "-Wno-psabi", OPENMP],
+    extra_link_args=[OPENMP],
     # Without a compiler the installation goes on: the Python twins in kernels/ take over and `protnest info` says so.
     optional=True,
 )

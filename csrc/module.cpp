@@ -10,7 +10,9 @@
 #include <pybind11/pybind11.h>
 
 #include "kd_loss.hpp"
+#include "level.hpp"
 #include "plan_batches.hpp"
+#include "rotary_attention.hpp"
 #include "tokenise.hpp"
 
 namespace py = pybind11;
@@ -144,12 +146,61 @@ void kd_loss_gradient(Floats& out, const Floats& student, const Floats& teacher,
     protnest::kd_loss_gradient(options, data, target.stride, s, t, labels.data(), scalars, soft.data(), hard.data());
 }
 
+// What is contiguous and holds `size` elements of `itemsize` bytes.
+void expect_block(const py::array& array, py::ssize_t size, py::ssize_t itemsize) {
+    if (array.size() != size || array.itemsize() != itemsize || !(array.flags() & py::array::c_style)) {
+        throw py::value_error("an array has not the size, the dtype or the layout that the others ask for");
+    }
+}
+
+// bf16 arrays come as 16-bit integers, fp32 as floats. `dequantise` is empty, or (scale_T, shift_T, sums_C, bias_C).
+void rotary_attention(const py::array& qkv, const Floats& cos, const Floats& sin, const py::array& cu_seqlens,
+                      std::int64_t heads, const py::tuple& dequantise, const std::string& level, bool pairs,
+                      int threads, py::array& out) {
+    const py::ssize_t tokens = qkv.shape(0), width = out.shape(1);
+    if (heads < 1 || width % (2 * heads) != 0) throw py::value_error("width must be heads times an even head width");
+    const py::ssize_t K = width / heads, itemsize = qkv.itemsize();
+    if (itemsize != 2 && itemsize != 4) throw py::value_error("qkv must be fp32 or bf16");
+    expect_block(qkv, tokens * 3 * width, itemsize), expect_block(out, tokens * width, itemsize);
+    expect_block(cos, cos.shape(0) * (K / 2), sizeof(float)), expect_block(sin, cos.size(), sizeof(float));
+    expect_block(cu_seqlens, cu_seqlens.size(), sizeof(std::int32_t));
+    const std::int64_t sequences = cu_seqlens.size() - 1;
+    const auto* ends = static_cast<const std::int32_t*>(cu_seqlens.data());
+    if (sequences < 0 || ends[0] != 0 || ends[sequences] != tokens) throw py::value_error("cu_seqlens ends elsewhere");
+    for (std::int64_t b = 0; b < sequences; ++b) {
+        if (ends[b + 1] < ends[b] || ends[b + 1] - ends[b] > cos.shape(0)) {
+            throw py::value_error("cu_seqlens falls, or a sequence is longer than the tables");
+        }
+    }
+    protnest::Dequantise parts{};
+    if (!dequantise.empty()) {
+        if (dequantise.size() != 4 || itemsize != 4) throw py::value_error("dequantise: four arrays, for fp32 qkv");
+        const auto part = [&](std::size_t index, py::ssize_t size) {
+            const py::array array = dequantise[index];
+            expect_block(array, size, sizeof(float));
+            return static_cast<const float*>(array.data());
+        };
+        parts = {part(0, tokens), part(1, tokens), part(2, 3 * width), part(3, 3 * width)};
+    }
+    const protnest::AttentionInput input{qkv.data(), itemsize == 2, dequantise.empty() ? nullptr : &parts,
+                                         cos.data(), sin.data(), ends, sequences, heads, K};
+    const protnest::Level chosen = protnest::level_named(level);
+    const protnest::Factors factors = pairs ? protnest::Factors::pairs : protnest::Factors::wide;
+    void* to = out.mutable_data();
+    const py::gil_scoped_release release;
+    protnest::rotary_attention(input, chosen, factors, threads, to);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
     module.doc() = "C++ twins of protnest.kernels; their contracts are in protnest/kernels/*.py.";
     module.def("tokenise", &tokenise, py::arg("sequences"), py::arg("table").noconvert(), py::arg("bos"),
                py::arg("eos"));
+    module.def("best_level", [] { return protnest::name_of(protnest::best_level()); });
+    module.def("rotary_attention", &rotary_attention, py::arg("qkv").noconvert(), py::arg("cos").noconvert(),
+               py::arg("sin").noconvert(), py::arg("cu_seqlens").noconvert(), py::arg("heads"), py::arg("dequantise"),
+               py::arg("level"), py::arg("pairs"), py::arg("threads"), py::arg("out").noconvert());
     module.def("plan_batches", &plan_batches, py::arg("lengths").noconvert(), py::arg("max_tokens"));
     module.def("kd_loss_forward", &kd_loss_forward, py::arg("student").noconvert(), py::arg("teacher").noconvert(),
                py::arg("labels").noconvert(), py::arg("soft").noconvert(), py::arg("hard").noconvert(),

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
-
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -17,8 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..kernels.linear import linear
-from ..kernels.rotary import apply_rotary, rotary_table
-from ..kernels.varlen_attention import varlen_attention
+from ..kernels.rotary import rotary_table
+from ..kernels.rotary_attention import RotaryTable, rotary_attention
 from .alphabet import MASK_ID, TOKENS
 from .config import EncoderConfig
 from .packing import PackedBatch, pack
@@ -39,11 +37,6 @@ class EncoderOutput:
 
     hidden_TD: torch.Tensor
     layers: dict[int, torch.Tensor] = field(default_factory=dict)
-
-
-class _Turn(NamedTuple):
-    cos: torch.Tensor
-    sin: torch.Tensor
 
 
 class _Linear(nn.Linear):
@@ -74,16 +67,9 @@ class _Layer(nn.Module):
         self.fc1 = _Linear(D, config.feedforward)
         self.fc2 = _Linear(config.feedforward, D)
 
-    def forward(self, x_TD: torch.Tensor, batch: PackedBatch, turn: _Turn) -> torch.Tensor:
-        T, D = x_TD.shape
-        H = self.heads
-        qkv_THK = self.qkv(self.attention_norm(x_TD)).view(T, 3 * H, D // H)
-        # Queries and keys turn in one go; values do not turn.
-        qk_THK = apply_rotary(qkv_THK[:, : 2 * H], turn.cos, turn.sin)
-        attended_THK = varlen_attention(
-            qk_THK[:, :H], qk_THK[:, H:], qkv_THK[:, 2 * H :], batch.cu_seqlens, batch.lengths_B
-        )
-        x_TD = x_TD + self.out(attended_THK.reshape(T, D))
+    def forward(self, x_TD: torch.Tensor, batch: PackedBatch, table: RotaryTable) -> torch.Tensor:
+        qkv_TC = self.qkv(self.attention_norm(x_TD))
+        x_TD = x_TD + self.out(rotary_attention(qkv_TC, table, batch.cu_seqlens, batch.lengths_B, self.heads))
         y_TD: torch.Tensor = x_TD + self.fc2(F.gelu(self.fc1(self.feedforward_norm(x_TD))))
         return y_TD
 
@@ -130,6 +116,7 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(_Layer(config) for _ in range(config.layers))
         self.final_norm = _LayerNorm(config.width, eps=config.layer_norm_eps)
         self.head = LanguageModelHead(config) if head else None
+        self._table: RotaryTable | None = None
 
     @property
     def dim(self) -> int:
@@ -176,12 +163,24 @@ class Encoder(nn.Module):
         batch = batch.to(self.device)
         x_TD = self._embed(batch)
         kept = {0: x_TD} if 0 in layers else {}
-        turn = _Turn(*rotary_table(batch.positions_T, self.config.head_width, self.dtype))
+        table = self._rotary_table(max(batch.lengths_B, default=0))
         for depth, layer in enumerate(self.layers, start=1):
-            x_TD = layer(x_TD, batch, turn)
+            x_TD = layer(x_TD, batch, table)
             if depth in layers and depth != deepest:
                 kept[depth] = x_TD
         return x_TD, kept
+
+    def _rotary_table(self, longest: int) -> RotaryTable:
+        """Kept from batch to batch, as many places as the longest sequence so far needed."""
+        accurate = torch.float64 if self.dtype == torch.float64 else torch.float32
+        table = self._table
+        known = table is not None and table.cos_PJ.device == self.device and table.cos_PJ.dtype == accurate
+        if table is None or not known or len(table.cos_PJ) < longest:
+            # Whole powers of two: a library in order of length does not make a table for each batch.
+            places_P = torch.arange(max(1 << 10, 1 << longest.bit_length()), device=self.device)
+            cos, sin = rotary_table(places_P, self.config.head_width, accurate)
+            table = self._table = RotaryTable(cos.squeeze(1), sin.squeeze(1))
+        return table
 
     def _embed(self, batch: PackedBatch) -> torch.Tensor:
         x_TD: torch.Tensor = self.embed_tokens(batch.tokens_T)

@@ -22,14 +22,12 @@ class PackedBatch:
 
     Attributes:
         tokens_T: int32, ids of all tokens; each sequence is `<cls>`, its residues, `<eos>`.
-        positions_T: int64, place of each token in its own sequence, from 0.
         cu_seqlens: int32 (B + 1,), where each sequence begins; the last entry is T.
         lengths_B: tokens of each sequence, on the host, so that nothing waits for a GPU to learn them.
         index_B: int64 (B,), which of the caller's sequences each one is.
     """
 
     tokens_T: torch.Tensor
-    positions_T: torch.Tensor
     cu_seqlens: torch.Tensor
     lengths_B: tuple[int, ...]
     index_B: npt.NDArray[np.int64]
@@ -40,7 +38,6 @@ class PackedBatch:
             return self
         return PackedBatch(
             tokens_T=self.tokens_T.to(device, non_blocking=True),
-            positions_T=self.positions_T.to(device, non_blocking=True),
             cu_seqlens=self.cu_seqlens.to(device, non_blocking=True),
             lengths_B=self.lengths_B,
             index_B=self.index_B,
@@ -79,10 +76,8 @@ def pack_tokens(
 ) -> PackedBatch:
     """Makes a batch of token ids uint8 (T,) that lie back to back, cut at `cu_seqlens` int64 (B + 1,)."""
     lengths = np.diff(cu_seqlens)
-    positions = np.arange(tokens_T.size, dtype=np.int64) - np.repeat(cu_seqlens[:-1], lengths)
     return PackedBatch(
         tokens_T=torch.from_numpy(tokens_T.astype(np.int32)),
-        positions_T=torch.from_numpy(positions),
         cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
         lengths_B=tuple(lengths.tolist()),
         index_B=np.arange(lengths.size, dtype=np.int64) if index_B is None else index_B,

@@ -79,7 +79,8 @@ def _varlen(
 _IMPLEMENTATIONS: dict[str, Attention] = {"reference": varlen_attention_reference, "sdpa": _sdpa, "varlen": _varlen}
 
 
-def _why_not_varlen(q_THK: torch.Tensor) -> str | None:
+def why_not_varlen(q_THK: torch.Tensor) -> str | None:
+    """Why torch's varlen attention cannot run on tensors like this one, in one line; None where it can."""
     if q_THK.device.type != "cuda":
         return f"tensors are on {q_THK.device.type}"
     if q_THK.dtype not in (torch.float16, torch.bfloat16):
@@ -93,7 +94,7 @@ def _why_not_varlen(q_THK: torch.Tensor) -> str | None:
 
 def _choose(q_THK: torch.Tensor, impl: str) -> str:
     if impl == "auto":
-        reason = _why_not_varlen(q_THK)
+        reason = why_not_varlen(q_THK)
         choice = "varlen" if reason is None else "sdpa"
         if choice not in _explained:
             _explained.add(choice)
@@ -102,7 +103,7 @@ def _choose(q_THK: torch.Tensor, impl: str) -> str:
     if impl not in _IMPLEMENTATIONS:
         message = f"impl is {impl!r}; allowed: auto, {', '.join(_IMPLEMENTATIONS)}"
         raise ValueError(message)
-    if impl == "varlen" and (reason := _why_not_varlen(q_THK)) is not None:
+    if impl == "varlen" and (reason := why_not_varlen(q_THK)) is not None:
         message = f"impl='varlen' cannot run here: {reason}"
         raise RuntimeError(message)
     return impl

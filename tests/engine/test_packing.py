@@ -17,7 +17,6 @@ def test_pack_lays_sequences_back_to_back() -> None:
     batch = pack(SEQUENCES)
     expected = [["<cls>", *sequence, "<eos>"] for sequence in SEQUENCES]
     assert [TOKENS[token] for token in batch.tokens_T.tolist()] == list(itertools.chain(*expected))
-    assert batch.positions_T.tolist() == [place for tokens in expected for place in range(len(tokens))]
     assert batch.cu_seqlens.tolist() == [0, *itertools.accumulate(map(len, expected))]
     assert batch.lengths_B == tuple(map(len, expected))
     assert all(type(length) is int for length in batch.lengths_B)
@@ -27,10 +26,9 @@ def test_pack_lays_sequences_back_to_back() -> None:
 def test_dtypes_and_devices_are_the_documented_ones() -> None:
     for batch in (pack(SEQUENCES), pack([]), pack(["M"], np.array([7]))):
         assert batch.tokens_T.dtype == torch.int32
-        assert batch.positions_T.dtype == torch.int64
         assert batch.cu_seqlens.dtype == torch.int32
         assert batch.index_B.dtype == np.int64
-        for tensor in (batch.tokens_T, batch.positions_T, batch.cu_seqlens):
+        for tensor in (batch.tokens_T, batch.cu_seqlens):
             assert tensor.device.type == "cpu"
             assert tensor.dim() == 1
             assert tensor.is_contiguous()
@@ -38,7 +36,7 @@ def test_dtypes_and_devices_are_the_documented_ones() -> None:
 
 def test_an_empty_batch() -> None:
     batch = pack([])
-    assert (batch.tokens_T.numel(), batch.positions_T.numel()) == (0, 0)
+    assert batch.tokens_T.numel() == 0
     assert batch.cu_seqlens.tolist() == [0]
     assert batch.lengths_B == ()
     assert batch.index_B.shape == (0,)
@@ -47,7 +45,6 @@ def test_an_empty_batch() -> None:
 def test_an_empty_sequence_is_its_two_specials() -> None:
     batch = pack(["", "M", ""])
     assert batch.tokens_T.tolist() == [BOS_ID, EOS_ID, BOS_ID, TOKENS.index("M"), EOS_ID, BOS_ID, EOS_ID]
-    assert batch.positions_T.tolist() == [0, 1, 0, 1, 2, 0, 1]
     assert batch.lengths_B == (2, 3, 2)
 
 
@@ -73,7 +70,6 @@ def test_pack_tokens_keeps_any_token() -> None:
     tokens_T = np.array([BOS_ID, MASK_ID, EOS_ID, BOS_ID, 5, MASK_ID, EOS_ID], dtype=np.uint8)
     batch = pack_tokens(tokens_T, np.array([0, 3, 7]))
     assert batch.tokens_T.tolist() == tokens_T.tolist()
-    assert batch.positions_T.tolist() == [0, 1, 2, 0, 1, 2, 3]
     assert batch.lengths_B == (3, 4)
     tokens_T[:] = 0
     assert batch.tokens_T.sum() > 0, "the batch shares memory with the caller's tokens"
@@ -87,6 +83,6 @@ def test_moving_to_the_same_device_is_free() -> None:
 def test_moving_keeps_everything() -> None:
     batch = pack(SEQUENCES, np.arange(4)[::-1].copy())
     moved = batch.to(torch.device("meta"))
-    assert {tensor.device.type for tensor in (moved.tokens_T, moved.positions_T, moved.cu_seqlens)} == {"meta"}
+    assert {tensor.device.type for tensor in (moved.tokens_T, moved.cu_seqlens)} == {"meta"}
     assert moved.lengths_B == batch.lengths_B
     assert moved.index_B is batch.index_B

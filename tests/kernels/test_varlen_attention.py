@@ -208,7 +208,7 @@ def test_auto_runs_varlen_where_it_can(monkeypatch: pytest.MonkeyPatch, caplog: 
         return torch.zeros_like(given[0])
 
     monkeypatch.setattr(varlen, "varlen_attn", stand_in)
-    monkeypatch.setattr(module, "_why_not_varlen", lambda q_THK: None)
+    monkeypatch.setattr(module, "why_not_varlen", lambda q_THK: None)
     monkeypatch.setattr(module, "_explained", set())
     caplog.set_level(logging.INFO, logger="protnest.kernels.varlen_attention")
     q_THK, k_THK, v_THK = _hostile(6, 2, 16)
@@ -248,7 +248,7 @@ def test_reasons_on_a_gpu(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if has_torch else None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     q_THK: Any = SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype, shape=(6, 2, 16))
-    assert module._why_not_varlen(q_THK) == reason
+    assert module.why_not_varlen(q_THK) == reason
     monkeypatch.setattr(module, "_explained", set())
     assert module._choose(q_THK, "auto") == ("sdpa" if reason else "varlen")
 

@@ -21,6 +21,7 @@ from protnest.engine import encoder as encoder_module
 from protnest.engine.alphabet import MASK_ID
 from protnest.engine.packing import PackedBatch
 from protnest.kernels.rotary import apply_rotary, rotary_table
+from protnest.kernels.rotary_attention import RotaryTable
 from protnest.kernels.varlen_attention import varlen_attention_reference
 from torch import nn
 
@@ -97,19 +98,29 @@ def _masked_rows_kept(encoder: Encoder, embed: Embed) -> Embed:
     return broken
 
 
-def _running_on(positions_T: torch.Tensor, head_width: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    return rotary_table(torch.arange(positions_T.numel()), head_width, dtype)
+def _attending(
+    *,
+    places: Callable[[torch.Tensor], torch.Tensor] = torch.clone,
+    turn_q: Callable[..., torch.Tensor] = apply_rotary,
+    turn_k: Callable[..., torch.Tensor] = apply_rotary,
+    leaks: bool = False,
+) -> Mutant:
+    """An encoder whose attention has other places, other turns, or no borders between sequences."""
+
+    def broken(
+        qkv_TC: torch.Tensor, table: RotaryTable, cu_seqlens: torch.Tensor, lengths_B: Sequence[int], heads: int
+    ) -> torch.Tensor:
+        positions_T = torch.cat([torch.arange(length) for length in lengths_B])
+        cos, sin = (part_PJ[places(positions_T), None] for part_PJ in table)
+        q_THK, k_THK, v_THK = qkv_TC.view(len(positions_T), 3 * heads, -1).chunk(3, dim=1)
+        attend = attention_leaks if leaks else varlen_attention_reference
+        return attend(turn_q(q_THK, cos, sin), turn_k(k_THK, cos, sin), v_THK, cu_seqlens, lengths_B).flatten(1)
+
+    return _in_module("rotary_attention", broken)
 
 
-def _reset_late(positions_T: torch.Tensor, head_width: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    first_T = positions_T == 0
-    late_T = torch.where(first_T, positions_T.roll(1) + 1, positions_T)
-    return rotary_table(late_T, head_width, dtype)
-
-
-def _queries_not_turned(x_THK: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    H = x_THK.shape[1] // 2
-    return torch.cat((x_THK[:, :H], apply_rotary(x_THK, cos, sin)[:, H:]), dim=1)
+def _not_turned(x_THK: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    return x_THK
 
 
 def _turned_backwards(x_THK: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -149,13 +160,13 @@ ENCODER_MUTANTS: dict[str, Mutant] = {
     "bos not counted in the ratio": _embedding(_scaled_without_bos),
     "bos and eos not counted in the ratio": _embedding(_scaled_without_specials),
     "masked rows not zeroed": _embedding(_masked_rows_kept),
-    # Rotary positions are relative: an offset that a whole sequence shares is no error but one of rounding, since fp32
-    # angles grow coarser. It shows where a sequence lies far from the batch's beginning.
-    "positions run on over the batch": _in_module("rotary_table", _running_on),
-    "positions reset one token late": _in_module("rotary_table", _reset_late),
-    "queries not turned": _in_module("apply_rotary", _queries_not_turned),
-    "turned backwards": _in_module("apply_rotary", _turned_backwards),
-    "attention leaks across sequences": _in_module("varlen_attention", attention_leaks),
+    # Rotary positions are relative: an offset that a whole sequence shares is no error.
+    "the first token's place is its neighbour's": _attending(places=lambda places_T: places_T.clamp(min=1)),
+    "two tokens a place": _attending(places=lambda places_T: places_T // 2),
+    "queries not turned": _attending(turn_q=_not_turned),
+    "keys not turned": _attending(turn_k=_not_turned),
+    "turned backwards": _attending(turn_q=_turned_backwards, turn_k=_turned_backwards),
+    "attention leaks across sequences": _attending(leaks=True),
     "final norm skipped": lambda encoder: mock.patch.object(encoder, "final_norm", nn.Identity()),
     "layer norm eps 1e-3": _layer_norm_eps,
     "gelu by tanh": lambda encoder: mock.patch.object(F, "gelu", partial(F.gelu, approximate="tanh")),

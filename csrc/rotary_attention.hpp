@@ -1,0 +1,38 @@
+// Attention over packed sequences with the rotary turn fused in: the C++ twin of protnest/kernels/rotary_attention.py,
+// which holds the contract.
+#pragma once
+
+#include <cstdint>
+
+#include "level.hpp"
+
+namespace protnest {
+
+// Integer products of int8 weights on their way to numbers: row t, column c stands for
+// scale[t] * value + shift[t] * sums[c] + bias[c].
+struct Dequantise {
+    const float* scale_T;
+    const float* shift_T;
+    const float* sums_C;
+    const float* bias_C;
+};
+
+struct AttentionInput {
+    const void* qkv;  // (T, 3H, K), contiguous: H queries, H keys, H values
+    bool bf16;        // of qkv and of the output; else fp32
+    const Dequantise* dequantise;  // for fp32 qkv, or null
+    const float* cos_PJ;           // (P, K / 2), P at least the longest sequence
+    const float* sin_PJ;
+    const std::int32_t* cu_seqlens;  // (B + 1)
+    std::int64_t sequences, heads, head_width;
+};
+
+// How products of bf16 input are formed: `wide` are fp32 factors; `pairs` are two bf16 factors in one step, in hardware
+// at level v4_bf16 and at v4 emulated, so that processors without them can test all but the instruction. fp32 input and
+// lower levels know only wide ones.
+enum class Factors { wide, pairs };
+
+// Writes (T, H, K) of the input's dtype.
+void rotary_attention(const AttentionInput& input, Level level, Factors factors, int threads, void* out);
+
+}  // namespace protnest
