@@ -1,6 +1,6 @@
 """Attention over packed sequences with the rotary turn of queries and keys fused in.
 
-    q', k' = turn(q, place), turn(k, place)                                            place of the token in its sequence
+    q', k' = turn(q, place), turn(k, place)                                       place of the token in its sequence
     out[t, h] = sum_u softmax_u(q'[t, h] . k'[u, h] / sqrt(K)) v[u, h]                 u over the sequence of t
 
 `qkv` holds the queries of all heads, then their keys, then their values, as one product leaves them. With `dequantise`
@@ -10,8 +10,8 @@ Implementations:
     reference  numbers, `apply_rotary` and softmax written out per sequence (fp64 gives the gold of the tests).
     torch      `apply_rotary`, then `varlen_attention`: differentiable, any device.
     cpu        csrc/rotary_attention.cpp: flash-style tiles in the first-level cache, softmax in fp32 lane by lane, for
-               AVX-512, AVX2 and plain vectors, chosen when it runs; bf16 factors in pairs where the processor multiplies
-               them. fp32 or bf16; head widths even, from 8 (a multiple of 8 wastes nothing). No gradients. A sequence's
+               AVX-512, AVX2 and plain vectors, chosen when it runs; bf16 factors in pairs where the processor has units
+               for them. fp32 or bf16; head widths even, from 8 (a multiple of 8 wastes nothing). No gradients. A sequence's
                result is the same bits whatever its neighbours and the number of threads.
     triton     kernels/gpu/rotary_attention.py, for GPUs on which torch has no varlen attention; no gradients.
 
