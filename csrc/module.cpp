@@ -13,6 +13,7 @@
 #include "level.hpp"
 #include "plan_batches.hpp"
 #include "rotary_attention.hpp"
+#include "row_passes.hpp"
 #include "tokenise.hpp"
 
 namespace py = pybind11;
@@ -153,15 +154,105 @@ void expect_block(const py::array& array, py::ssize_t size, py::ssize_t itemsize
     }
 }
 
-// bf16 arrays come as 16-bit integers, fp32 as floats. `dequantise` is empty, or (scale_T, shift_T, sums_C, bias_C).
-void rotary_attention(const py::array& qkv, const Floats& cos, const Floats& sin, const py::array& cu_seqlens,
-                      std::int64_t heads, const py::tuple& dequantise, const std::string& level, bool pairs,
-                      int threads, py::array& out) {
-    const py::ssize_t tokens = qkv.shape(0), width = out.shape(1);
-    if (heads < 1 || width % (2 * heads) != 0) throw py::value_error("width must be heads times an even head width");
-    const py::ssize_t K = width / heads, itemsize = qkv.itemsize();
-    if (itemsize != 2 && itemsize != 4) throw py::value_error("qkv must be fp32 or bf16");
-    expect_block(qkv, tokens * 3 * width, itemsize), expect_block(out, tokens * width, itemsize);
+// The numbers of an array that may be None; null where it is.
+const float* floats_or_null(const py::handle& array, py::ssize_t size) {
+    if (array.is_none()) return nullptr;
+    const py::array numbers = py::reinterpret_borrow<py::array>(array);
+    expect_block(numbers, size, sizeof(float));
+    return static_cast<const float*>(numbers.data());
+}
+
+// (values, bias, steps, sums, scale, shift) of N rows and C columns: bf16 values come as 16-bit integers, integers have
+// all six, and others None from the third on. The caller keeps the arrays.
+protnest::Product product_of(const py::tuple& parts, py::ssize_t N, py::ssize_t C) {
+    if (parts.size() != 6) throw py::value_error("a product has six parts");
+    const py::array values = parts[0];
+    const char kind = values.dtype().kind();
+    const bool integers = kind == 'i' && values.itemsize() == 4, narrow = values.itemsize() == 2;
+    if (!integers && !narrow && !(kind == 'f' && values.itemsize() == 4)) {
+        throw py::value_error("a product holds fp32, bf16 or int32");
+    }
+    expect_block(values, N * C, values.itemsize());
+    const auto of_columns = [&](std::size_t index) { return floats_or_null(parts[index], C); };
+    const protnest::Product product{values.data(),
+                                    integers ? protnest::Left::integers
+                                             : narrow ? protnest::Left::bf16 : protnest::Left::fp32,
+                                    of_columns(1), of_columns(2), of_columns(3),
+                                    floats_or_null(parts[4], N), floats_or_null(parts[5], N)};
+    const bool has_all = product.bias_C && product.steps_C && product.sums_C && product.scale_N && product.shift_N;
+    const bool has_any = product.steps_C || product.sums_C || product.scale_N || product.shift_N;
+    if (integers ? !has_all : has_any) throw py::value_error("integers come with all five numbers, others with bias alone");
+    return product;
+}
+
+// (values, scale, shift): levels where the values are of eight bits, else scale and shift are None.
+protnest::Target target_of(const py::tuple& parts, py::ssize_t N, py::ssize_t C) {
+    if (parts.size() != 3) throw py::value_error("a target has three parts");
+    py::array values = parts[0];
+    expect_block(values, N * C, values.itemsize());
+    switch (values.itemsize()) {
+        case 4: return {protnest::Taken::fp32, values.mutable_data(), nullptr, nullptr};
+        case 2: return {protnest::Taken::bf16, values.mutable_data(), nullptr, nullptr};
+        case 1: break;
+        default: throw py::value_error("a target is fp32, bf16 or int8");
+    }
+    py::array scale = parts[1], shift = parts[2];
+    expect_block(scale, N, sizeof(float)), expect_block(shift, N, sizeof(float));
+    return {protnest::Taken::levels, values.mutable_data(), static_cast<float*>(scale.mutable_data()),
+            static_cast<float*>(shift.mutable_data())};
+}
+
+// x += product, where there is one; then, where weight is not None, the LayerNorm of x into the target.
+void add_norm(Floats& x, const py::object& product, const py::object& weight, const py::object& bias, float eps,
+              const py::object& target, const std::string& level, int threads) {
+    if (x.ndim() != 2) throw py::value_error("x must have two dimensions");
+    const py::ssize_t N = x.shape(0), C = x.shape(1);
+    expect_block(x, N * C, sizeof(float));
+    const protnest::Product added = product.is_none() ? protnest::Product{} : product_of(product, N, C);
+    const protnest::Norm norm{floats_or_null(weight, C), floats_or_null(bias, C), eps};
+    if (weight.is_none() != bias.is_none() || weight.is_none() != target.is_none()) {
+        throw py::value_error("weight, bias and target come together");
+    }
+    const protnest::Target to = target.is_none() ? protnest::Target{} : target_of(target, N, C);
+    const protnest::Level chosen = protnest::level_named(level);
+    float* data = x.mutable_data();
+    const py::gil_scoped_release release;
+    protnest::add_norm(N, C, data, added, norm, chosen, threads, to);
+}
+
+void bias_gelu(py::ssize_t N, py::ssize_t C, const py::tuple& product, const py::object& times, const py::object& minus,
+               const py::tuple& target, const std::string& level, int threads) {
+    const protnest::Product from = product_of(product, N, C);
+    const float *times_C = floats_or_null(times, C), *minus_C = floats_or_null(minus, C);
+    if (times.is_none() != minus.is_none()) throw py::value_error("times and minus come together");
+    const protnest::Target to = target_of(target, N, C);
+    const protnest::Level chosen = protnest::level_named(level);
+    const py::gil_scoped_release release;
+    protnest::bias_gelu(N, C, from, times_C, minus_C, chosen, threads, to);
+}
+
+void quantise_rows(const Floats& x, const py::tuple& target, const std::string& level, int threads) {
+    if (x.ndim() != 2) throw py::value_error("x must have two dimensions");
+    const py::ssize_t N = x.shape(0), C = x.shape(1);
+    expect_block(x, N * C, sizeof(float));
+    const protnest::Target to = target_of(target, N, C);
+    if (to.taken != protnest::Taken::levels || C < 1) throw py::value_error("levels of at least one column");
+    const protnest::Level chosen = protnest::level_named(level);
+    const float* data = x.data();
+    const py::gil_scoped_release release;
+    protnest::quantise_rows(N, C, data, chosen, threads, to);
+}
+
+void rotary_attention(const py::tuple& qkv, const Floats& cos, const Floats& sin, const py::array& cu_seqlens,
+                      std::int64_t heads, const std::string& level, bool pairs, int threads, py::array& out) {
+    if (out.ndim() != 2) throw py::value_error("out must have two dimensions");
+    const py::ssize_t tokens = out.shape(0), width = out.shape(1);
+    if (heads < 1 || width % (2 * heads) != 0 || width / heads < 8) {
+        throw py::value_error("width must be heads times an even head width of 8 or more");
+    }
+    const py::ssize_t K = width / heads;
+    const protnest::Product product = product_of(qkv, tokens, 3 * width);
+    expect_block(out, tokens * width, product.left == protnest::Left::bf16 ? 2 : 4);
     expect_block(cos, cos.shape(0) * (K / 2), sizeof(float)), expect_block(sin, cos.size(), sizeof(float));
     expect_block(cu_seqlens, cu_seqlens.size(), sizeof(std::int32_t));
     const std::int64_t sequences = cu_seqlens.size() - 1;
@@ -172,18 +263,7 @@ void rotary_attention(const py::array& qkv, const Floats& cos, const Floats& sin
             throw py::value_error("cu_seqlens falls, or a sequence is longer than the tables");
         }
     }
-    protnest::Dequantise parts{};
-    if (!dequantise.empty()) {
-        if (dequantise.size() != 4 || itemsize != 4) throw py::value_error("dequantise: four arrays, for fp32 qkv");
-        const auto part = [&](std::size_t index, py::ssize_t size) {
-            const py::array array = dequantise[index];
-            expect_block(array, size, sizeof(float));
-            return static_cast<const float*>(array.data());
-        };
-        parts = {part(0, tokens), part(1, tokens), part(2, 3 * width), part(3, 3 * width)};
-    }
-    const protnest::AttentionInput input{qkv.data(), itemsize == 2, dequantise.empty() ? nullptr : &parts,
-                                         cos.data(), sin.data(), ends, sequences, heads, K};
+    const protnest::AttentionInput input{product, cos.data(), sin.data(), ends, sequences, heads, K};
     const protnest::Level chosen = protnest::level_named(level);
     const protnest::Factors factors = pairs ? protnest::Factors::pairs : protnest::Factors::wide;
     void* to = out.mutable_data();
@@ -199,8 +279,14 @@ PYBIND11_MODULE(_C, module) {
                py::arg("eos"));
     module.def("best_level", [] { return protnest::name_of(protnest::best_level()); });
     module.def("rotary_attention", &rotary_attention, py::arg("qkv").noconvert(), py::arg("cos").noconvert(),
-               py::arg("sin").noconvert(), py::arg("cu_seqlens").noconvert(), py::arg("heads"), py::arg("dequantise"),
-               py::arg("level"), py::arg("pairs"), py::arg("threads"), py::arg("out").noconvert());
+               py::arg("sin").noconvert(), py::arg("cu_seqlens").noconvert(), py::arg("heads"), py::arg("level"),
+               py::arg("pairs"), py::arg("threads"), py::arg("out").noconvert());
+    module.def("add_norm", &add_norm, py::arg("x").noconvert(), py::arg("product"), py::arg("weight"), py::arg("bias"),
+               py::arg("eps"), py::arg("target"), py::arg("level"), py::arg("threads"));
+    module.def("bias_gelu", &bias_gelu, py::arg("rows"), py::arg("columns"), py::arg("product"), py::arg("times"),
+               py::arg("minus"), py::arg("target"), py::arg("level"), py::arg("threads"));
+    module.def("quantise_rows", &quantise_rows, py::arg("x").noconvert(), py::arg("target"), py::arg("level"),
+               py::arg("threads"));
     module.def("plan_batches", &plan_batches, py::arg("lengths").noconvert(), py::arg("max_tokens"));
     module.def("kd_loss_forward", &kd_loss_forward, py::arg("student").noconvert(), py::arg("teacher").noconvert(),
                py::arg("labels").noconvert(), py::arg("soft").noconvert(), py::arg("hard").noconvert(),

@@ -116,33 +116,41 @@ PROTNEST_INLINE std::int64_t next_quad(std::int64_t k, std::int64_t n) {
 
 // How a row of qkv becomes numbers, four at a time.
 struct Fp32Row {
-    const float* from;
+    const float *from, *bias;
 
     PROTNEST_INLINE Fp32Row(const AttentionInput& input, std::int64_t t)
-        : from(static_cast<const float*>(input.qkv) + t * 3 * input.heads * input.head_width) {}
-    PROTNEST_INLINE Quad::Float read(std::int64_t column) const { return Lanes<4>::load(from + column); }
+        : from(static_cast<const float*>(input.qkv.values) + t * 3 * input.heads * input.head_width),
+          bias(input.qkv.bias_C) {}
+    PROTNEST_INLINE Quad::Float read(std::int64_t column) const {
+        const Quad::Float value = Lanes<4>::load(from + column);
+        return bias == nullptr ? value : value + Lanes<4>::load(bias + column);
+    }
 };
 
 struct Bf16Row {
     const std::uint16_t* from;
 
     PROTNEST_INLINE Bf16Row(const AttentionInput& input, std::int64_t t)
-        : from(static_cast<const std::uint16_t*>(input.qkv) + t * 3 * input.heads * input.head_width) {}
+        : from(static_cast<const std::uint16_t*>(input.qkv.values) + t * 3 * input.heads * input.head_width) {}
     PROTNEST_INLINE Quad::Float read(std::int64_t column) const { return Quad::from_bf16(from + column); }
 };
 
 struct IntegerRow {
-    const float *from, *sums, *bias;
+    const std::int32_t* from;
+    const float *steps, *sums, *bias;
     float scale, shift;
 
     PROTNEST_INLINE IntegerRow(const AttentionInput& input, std::int64_t t)
-        : from(static_cast<const float*>(input.qkv) + t * 3 * input.heads * input.head_width),
-          sums(input.dequantise->sums_C),
-          bias(input.dequantise->bias_C),
-          scale(input.dequantise->scale_T[t]),
-          shift(input.dequantise->shift_T[t]) {}
+        : from(static_cast<const std::int32_t*>(input.qkv.values) + t * 3 * input.heads * input.head_width),
+          steps(input.qkv.steps_C),
+          sums(input.qkv.sums_C),
+          bias(input.qkv.bias_C),
+          scale(input.qkv.scale_N[t]),
+          shift(input.qkv.shift_N[t]) {}
     PROTNEST_INLINE Quad::Float read(std::int64_t column) const {
-        return Lanes<4>::load(from + column) * scale +
+        Quad::Int value;
+        std::memcpy(&value, from + column, sizeof value);
+        return Lanes<4>::load(steps + column) * __builtin_convertvector(value, Quad::Float) * scale +
                (Lanes<4>::load(sums + column) * shift + Lanes<4>::load(bias + column));
     }
 };
@@ -258,7 +266,7 @@ PROTNEST_INLINE void write_block(const AttentionInput& input, std::int64_t t, st
             Quad::transpose(block);
             const std::int64_t offset = (t + lane) * stride + head * K + k, rows = std::min<std::int64_t>(4, count - lane);
             for (std::int64_t i = 0; i < rows; ++i) {
-                if (input.bf16) {
+                if (input.qkv.left == Left::bf16) {
                     Quad::to_bf16(static_cast<std::uint16_t*>(out) + offset + i * stride, block[i]);
                 } else {
                     Lanes<4>::store(static_cast<float*>(out) + offset + i * stride, block[i]);
@@ -400,12 +408,10 @@ template <typename A>
 PROTNEST_INLINE void attend(const AttentionInput& input, const Part& part, Scratch<A>& scratch, void* out) {
     constexpr std::int64_t W = A::kLanes;
     const std::int64_t K = input.head_width, steps = K / A::kDepth, length = part.length;
-    if (input.bf16) {
-        pack<Bf16Row>(input, part, scratch);
-    } else if (input.dequantise != nullptr) {
-        pack<IntegerRow>(input, part, scratch);
-    } else {
-        pack<Fp32Row>(input, part, scratch);
+    switch (input.qkv.left) {
+        case Left::fp32: pack<Fp32Row>(input, part, scratch); break;
+        case Left::bf16: pack<Bf16Row>(input, part, scratch); break;
+        case Left::integers: pack<IntegerRow>(input, part, scratch); break;
     }
     for (std::int64_t p = 0; p < length; p += 2 * W) {
         const std::int64_t count = std::min(2 * W, length - p), width = count > W ? 2 * W : W;
@@ -479,7 +485,7 @@ void run(const AttentionInput& input, Attend<A> attend_one, int threads, void* o
 }  // namespace
 
 void rotary_attention(const AttentionInput& input, Level level, Factors factors, int threads, void* out) {
-    const bool pairs = input.bf16 && factors == Factors::pairs, exact = !input.bf16 && input.dequantise == nullptr;
+    const bool pairs = input.qkv.left == Left::bf16 && factors == Factors::pairs, exact = input.qkv.left == Left::fp32;
 #if defined(PROTNEST_X86_LEVELS)
     if (level == Level::v4_bf16 && pairs) return run<HardwarePairs>(input, &attend_v4_bf16, threads, out);
     if (level >= Level::v4) {

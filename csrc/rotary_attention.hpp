@@ -5,23 +5,13 @@
 #include <cstdint>
 
 #include "level.hpp"
+#include "row_numbers.hpp"
 
 namespace protnest {
 
-// Integer products of int8 weights on their way to numbers: row t, column c stands for
-// scale[t] * value + shift[t] * sums[c] + bias[c].
-struct Dequantise {
-    const float* scale_T;
-    const float* shift_T;
-    const float* sums_C;
-    const float* bias_C;
-};
-
 struct AttentionInput {
-    const void* qkv;  // (T, 3H, K), contiguous: H queries, H keys, H values
-    bool bf16;        // of qkv and of the output; else fp32
-    const Dequantise* dequantise;  // for fp32 qkv, or null
-    const float* cos_PJ;           // (P, K / 2), P at least the longest sequence
+    Product qkv;          // (T, 3H, K), contiguous: H queries, H keys, H values
+    const float* cos_PJ;  // (P, K / 2), P at least the longest sequence
     const float* sin_PJ;
     const std::int32_t* cu_seqlens;  // (B + 1)
     std::int64_t sequences, heads, head_width;
@@ -32,7 +22,7 @@ struct AttentionInput {
 // lower levels know only wide ones.
 enum class Factors { wide, pairs };
 
-// Writes (T, H, K) of the input's dtype.
+// Writes (T, H, K): bf16 where qkv is, else fp32.
 void rotary_attention(const AttentionInput& input, Level level, Factors factors, int threads, void* out);
 
 }  // namespace protnest

@@ -15,7 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..kernels.linear import linear
+from ..kernels.add_norm import Norm, add_norm
+from ..kernels.bias_gelu import Move, bias_gelu
+from ..kernels.linear import leaves_bias, linear, needs_widening
+from ..kernels.product import Levels, Product
 from ..kernels.rotary import rotary_table
 from ..kernels.rotary_attention import RotaryTable, rotary_attention
 from .alphabet import MASK_ID, TOKENS
@@ -40,39 +43,83 @@ class EncoderOutput:
     layers: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
-class _Linear(nn.Linear):
+class Linear(nn.Linear):
+    """A product of a layer, which may leave its bias to the pass over its rows that comes next.
+
+    Attributes:
+        move: how the inputs of this product are to be moved, where they are; only int8 products move theirs.
+    """
+
+    move: Move | None = None
+    _widened: tuple[tuple[int, int], torch.Tensor] | None = None
+
+    @property
+    def takes(self) -> torch.dtype:
+        """The dtype of the rows that are multiplied: fp32 where the CPU would emulate bf16 (see `kernels.linear`)."""
+        return torch.float32 if needs_widening(self.weight) else self.weight.dtype
+
     def forward(self, x_NI: torch.Tensor) -> torch.Tensor:
         return linear(x_NI, self.weight, self.bias)
 
+    def product(self, rows: torch.Tensor | Levels) -> Product:
+        """The product of rows of dtype `takes`."""
+        assert isinstance(rows, torch.Tensor)
+        mixed = rows.dtype != self.weight.dtype
+        weight_OI = self._widen() if mixed else self.weight
+        bias_O = self.bias.to(rows.dtype) if mixed else self.bias
+        if leaves_bias(rows, weight_OI):
+            return Product(F.linear(rows, weight_OI), bias_O)
+        return Product(linear(rows, weight_OI, bias_O))
 
-class _LayerNorm(nn.LayerNorm):
+    def _widen(self) -> torch.Tensor:
+        """The weight in fp32; kept where it will not change, which costs memory and saves a pass in each batch."""
+        weight_OI = self.weight
+        if weight_OI.requires_grad or weight_OI.is_inference():
+            return weight_OI.float()
+        state = (weight_OI.data_ptr(), weight_OI._version)
+        if self._widened is None or self._widened[0] != state:
+            self._widened = (state, weight_OI.detach().float())
+        return self._widened[1]
+
+
+class LayerNorm(nn.LayerNorm):
     """Reads the residual stream in its own precision, and hands the result to products in the weights'."""
+
+    @property
+    def norm(self) -> Norm:
+        return Norm(self.weight, self.bias, self.eps)
 
     def forward(self, x_ND: torch.Tensor) -> torch.Tensor:
         weight, bias = self.weight.to(x_ND.dtype), self.bias.to(x_ND.dtype)
         return F.layer_norm(x_ND, self.normalized_shape, weight, bias, self.eps).to(self.weight.dtype)
 
 
-class _Layer(nn.Module):
-    """One layer. In bf16 and fp16 the residual stream `x_TD` stays fp32: rounding it in every layer costs more of the
-    embedding's direction than all rounded products together (see benchmarks/README.md)."""
+class Layer(nn.Module):
+    """One layer. In bf16, fp16 and int8 the residual stream `x_TD` stays fp32: rounding it in every layer costs more of
+    the embedding's direction than all rounded products together (see benchmarks/README.md)."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         D, eps = config.width, config.layer_norm_eps
         self.heads = config.heads
-        self.attention_norm = _LayerNorm(D, eps=eps)
-        self.qkv = _Linear(D, 3 * D)
-        self.out = _Linear(D, D)
-        self.feedforward_norm = _LayerNorm(D, eps=eps)
-        self.fc1 = _Linear(D, config.feedforward)
-        self.fc2 = _Linear(config.feedforward, D)
+        self.attention_norm = LayerNorm(D, eps=eps)
+        self.qkv = Linear(D, 3 * D)
+        self.out = Linear(D, D)
+        self.feedforward_norm = LayerNorm(D, eps=eps)
+        self.fc1 = Linear(D, config.feedforward)
+        self.fc2 = Linear(config.feedforward, D)
 
-    def forward(self, x_TD: torch.Tensor, batch: PackedBatch, table: RotaryTable) -> torch.Tensor:
-        qkv_TC = self.qkv(self.attention_norm(x_TD))
-        x_TD = x_TD + self.out(rotary_attention(qkv_TC, table, batch.cu_seqlens, batch.lengths_B, self.heads))
-        y_TD: torch.Tensor = x_TD + self.fc2(F.gelu(self.fc1(self.feedforward_norm(x_TD))))
-        return y_TD
+    def forward(
+        self, x_TD: torch.Tensor, pending: Product | None, batch: PackedBatch, table: RotaryTable
+    ) -> tuple[torch.Tensor, Product]:
+        """The stream, and what is still to be added to it: the next layer's first pass over it does so."""
+        x_TD, rows = add_norm(x_TD, pending, self.attention_norm.norm, dtype=self.qkv.takes)
+        assert rows is not None
+        attended_TD = rotary_attention(self.qkv.product(rows), table, batch.cu_seqlens, batch.lengths_B, self.heads)
+        x_TD, rows = add_norm(x_TD, self.out.product(attended_TD), self.feedforward_norm.norm, dtype=self.fc1.takes)
+        assert rows is not None
+        inner = bias_gelu(self.fc1.product(rows), dtype=self.fc2.takes, move=self.fc2.move)
+        return x_TD, self.fc2.product(inner)
 
 
 class LanguageModelHead(nn.Module):
@@ -80,7 +127,7 @@ class LanguageModelHead(nn.Module):
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        self.dense = _Linear(config.width, config.width)
+        self.dense = Linear(config.width, config.width)
         self.norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
         self.bias = nn.Parameter(torch.zeros(len(TOKENS)))
 
@@ -114,8 +161,8 @@ class Encoder(nn.Module):
         self.embed_tokens = nn.Embedding(len(TOKENS), config.width, _weight=torch.empty(len(TOKENS), config.width))
         if not self.embed_tokens.weight.is_meta:
             nn.init.normal_(self.embed_tokens.weight)
-        self.layers = nn.ModuleList(_Layer(config) for _ in range(config.layers))
-        self.final_norm = _LayerNorm(config.width, eps=config.layer_norm_eps)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.final_norm = LayerNorm(config.width, eps=config.layer_norm_eps)
         self.head = LanguageModelHead(config) if head else None
         self._table: RotaryTable | None = None
 
@@ -163,13 +210,16 @@ class Encoder(nn.Module):
         deepest = self.config.layers
         batch = batch.to(self.device)
         x_TD = self._embed(batch)
-        kept = {0: x_TD} if 0 in layers else {}
+        # Passes over the stream write into it: what is kept is a copy.
+        kept = {0: x_TD.clone()} if 0 in layers else {}
         table = self._rotary_table(max(batch.lengths_B, default=0))
+        pending: Product | None = None
         for depth, layer in enumerate(self.layers, start=1):
-            x_TD = layer(x_TD, batch, table)
+            x_TD, pending = layer(x_TD, pending, batch, table)
             if depth in layers and depth != deepest:
-                kept[depth] = x_TD
-        return x_TD, kept
+                x_TD, pending = add_norm(x_TD, pending, None, dtype=x_TD.dtype)[0], None
+                kept[depth] = x_TD.clone()
+        return add_norm(x_TD, pending, None, dtype=x_TD.dtype)[0], kept
 
     def _rotary_table(self, longest: int) -> RotaryTable:
         """Kept from batch to batch, as many places as the longest sequence so far needed."""
