@@ -19,6 +19,7 @@ from protnest.engine import Encoder
 from protnest.engine import encoder as encoder_module
 from protnest.engine.alphabet import MASK_ID
 from protnest.engine.packing import PackedBatch
+from protnest.kernels.product import Product
 from protnest.kernels.rotary import apply_rotary, rotary_table
 from protnest.kernels.rotary_attention import RotaryTable
 from protnest.kernels.varlen_attention import varlen_attention_reference
@@ -107,11 +108,11 @@ def _attending(
     """An encoder whose attention has other places, other turns, or no borders between sequences."""
 
     def broken(
-        qkv_TC: torch.Tensor, table: RotaryTable, cu_seqlens: torch.Tensor, lengths_B: Sequence[int], heads: int
+        qkv: Product, table: RotaryTable, cu_seqlens: torch.Tensor, lengths_B: Sequence[int], heads: int
     ) -> torch.Tensor:
         positions_T = torch.cat([torch.arange(length) for length in lengths_B])
         cos, sin = (part_PJ[places(positions_T), None] for part_PJ in table)
-        q_THK, k_THK, v_THK = qkv_TC.view(len(positions_T), 3 * heads, -1).chunk(3, dim=1)
+        q_THK, k_THK, v_THK = qkv.numbers().view(len(positions_T), 3 * heads, -1).chunk(3, dim=1)
         attend = attention_leaks if leaks else varlen_attention_reference
         return attend(turn_q(q_THK, cos, sin), turn_k(k_THK, cos, sin), v_THK, cu_seqlens, lengths_B).flatten(1)
 
