@@ -206,7 +206,9 @@ def test_low_precision_encoder_gives_fp32(pool: str) -> None:
 
 
 def test_low_precision_mean_is_not_rounded_to_it() -> None:
-    means = _vectors(Embedder(copy.deepcopy(_encoder()).to(torch.bfloat16)), PROTEINS)
+    # One residue is its own mean, and as the layer left it.
+    proteins = [protein for protein in PROTEINS if len(protein) > 1]
+    means = _vectors(Embedder(copy.deepcopy(_encoder()).to(torch.bfloat16)), proteins)
     rounded = torch.from_numpy(means).bfloat16().float().numpy()
     assert (means != rounded).mean() > 0.9
 
