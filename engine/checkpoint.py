@@ -24,6 +24,7 @@ from .atomic import write_atomically
 from .config import EncoderConfig, config_from_huggingface, config_to_huggingface
 from .encoder import Encoder
 from .errors import InputError
+from .quantise import QuantisedEncoder
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -215,10 +216,16 @@ def save_checkpoint(encoder: Encoder, folder: Path, *, dtype: torch.dtype = torc
     """Writes an encoder, with its head if it has one, in Hugging Face layout; transformers reads it as it is.
 
     Args:
-        encoder: any precision, any device.
+        encoder: any precision but int8, any device.
         folder: made if it is not there; files of the same names are replaced.
         dtype: how the tensors are stored.
+
+    Raises:
+        InputError: the encoder is int8, whose weights are folded and rounded: save the one that it was made of.
     """
+    if isinstance(encoder, QuantisedEncoder):
+        message = f"{encoder.name} runs in int8 and is not saved: its weights are rounded; save the fp32 model"
+        raise InputError(message)
     folder.mkdir(parents=True, exist_ok=True)
     names = encoder_names(encoder.config) | (head_names() if encoder.head is not None else {})
     state = encoder.state_dict()

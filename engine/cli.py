@@ -118,7 +118,8 @@ Model = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Precision = Annotated[
-    Literal["auto", "fp32", "bf16", "fp16"], typer.Option(help="auto: bf16 where the hardware has it, else fp32.")
+    Literal["auto", "fp32", "bf16", "fp16", "int8"],
+    typer.Option(help="auto: bf16 where the hardware has it, else fp32. fp16 runs on GPUs only, int8 on CPUs only."),
 ]
 
 

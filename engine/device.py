@@ -8,9 +8,12 @@ from ..kernels.hardware import multiplies_bf16
 from .errors import InputError
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""Precisions by the names that the command line uses."""
+"""Dtypes of an encoder's tensors, by the names that the command line uses."""
 
-PRECISION_NAMES = ("auto", *PRECISIONS)
+INT8 = "int8"
+"""Integer products in an encoder whose other tensors are fp32, see `protnest.engine.quantise`."""
+
+PRECISION_NAMES = ("auto", *PRECISIONS, INT8)
 DEVICE_NAMES = ("auto", "cpu", "cuda")
 
 
@@ -45,11 +48,18 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
 def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
     """The dtype of a precision by name; `auto` is bf16 where the hardware has it, else fp32.
 
+    `int8` gives `torch.int8`, the dtype of the products' integers: no model is brought to it by `.to`.
+
     Raises:
-        InputError: the name is unknown, or fp16 was asked for on a CPU.
+        InputError: the name is unknown, fp16 was asked for on a CPU, or int8 on a GPU.
     """
     if precision == "auto":
         return torch.bfloat16 if multiplies_bf16(device) else torch.float32
+    if precision == INT8:
+        if device.type != "cpu":
+            message = f"precision is 'int8' on {device}: int8 runs on a CPU alone; use bf16, fp16 or fp32"
+            raise InputError(message)
+        return torch.int8
     if precision not in PRECISIONS:
         message = f"precision is {precision!r}; allowed: {', '.join(PRECISION_NAMES)}"
         raise InputError(message)
@@ -60,12 +70,12 @@ def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
 
 
 def precision_name(dtype: torch.dtype) -> str:
-    """The name of a dtype in `PRECISIONS`.
+    """The name of the precision that has this dtype: of `PRECISIONS`, or `int8`.
 
     Raises:
         ValueError: it has none.
     """
-    for name, known in PRECISIONS.items():
+    for name, known in (*PRECISIONS.items(), (INT8, torch.int8)):
         if known == dtype:
             return name
     message = f"{dtype} is no precision of an encoder; allowed: {', '.join(map(str, PRECISIONS.values()))}"

@@ -15,6 +15,7 @@ from .device import resolve_device, resolve_precision
 from .encoder import Encoder
 from .errors import InputError
 from .fair_esm import read_fair_esm
+from .quantise import quantised
 
 _logger = logging.getLogger(__name__)
 
@@ -31,7 +32,8 @@ def load_model(model: str | Path = DEFAULT_MODEL, *, device: str = "auto", preci
             published name (`esm2_t33_650M_UR50D`), which is fetched once when online. A folder or file of that name
             comes before a published one.
         device: "auto", "cpu", "cuda" or "cuda:N".
-        precision: "auto" (bf16 where the hardware has it, else fp32), "fp32", "bf16" or "fp16".
+        precision: "auto" (bf16 where the hardware has it, else fp32), "fp32", "bf16", "fp16" (GPUs only) or "int8"
+            (CPUs only; integer products, see `protnest.engine.quantise`).
 
     Raises:
         InputError: there is no such model, device or precision, or the checkpoint is not a whole ESM-2 encoder.
@@ -42,6 +44,8 @@ def load_model(model: str | Path = DEFAULT_MODEL, *, device: str = "auto", preci
     encoder, set_aside = _read(model)
     if set_aside:
         _logger.info("%s: set aside, no part of the encoder: %s", encoder.name, ", ".join(set_aside))
+    if dtype == torch.int8:
+        return quantised(encoder)
     return encoder.to(device=where, dtype=dtype).requires_grad_(False)
 
 

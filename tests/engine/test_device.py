@@ -27,7 +27,7 @@ def _gpus(monkeypatch: pytest.MonkeyPatch, count: int, *, current: int = 0) -> N
 
 def test_names() -> None:
     assert DEVICE_NAMES == ("auto", "cpu", "cuda")
-    assert PRECISION_NAMES == ("auto", "fp32", "bf16", "fp16")
+    assert PRECISION_NAMES == ("auto", "fp32", "bf16", "fp16", "int8")
 
 
 # Devices
@@ -113,6 +113,7 @@ def test_auto_precision(
         ("fp32", GPU, torch.float32),
         ("bf16", GPU, torch.bfloat16),
         ("fp16", GPU, torch.float16),
+        ("int8", CPU, torch.int8),
     ],
 )
 def test_named_precision(precision: str, device: torch.device, dtype: torch.dtype) -> None:
@@ -123,12 +124,21 @@ def test_named_precision(precision: str, device: torch.device, dtype: torch.dtyp
 def test_unknown_precision(precision: str) -> None:
     with pytest.raises(InputError) as caught:
         resolve_precision(precision, CPU)
-    assert caught.value.problem == f"precision is {precision!r}; allowed: auto, fp32, bf16, fp16"
+    assert caught.value.problem == f"precision is {precision!r}; allowed: auto, fp32, bf16, fp16, int8"
 
 
 def test_fp16_on_a_cpu() -> None:
     with pytest.raises(InputError, match="precision is 'fp16' on a CPU, where ESM-2 can overflow and runs slowly"):
         resolve_precision("fp16", CPU)
+
+
+def test_int8_on_a_gpu() -> None:
+    with pytest.raises(InputError, match="precision is 'int8' on cuda:0: int8 runs on a CPU alone"):
+        resolve_precision("int8", GPU)
+
+
+def test_precision_name_of_int8() -> None:
+    assert precision_name(resolve_precision("int8", CPU)) == "int8"
 
 
 @pytest.mark.parametrize("name", PRECISIONS)
