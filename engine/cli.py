@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
+from .cpus import limit_threads
 from .errors import InputError
 
 _ENTRY_POINTS = "protnest.commands"
@@ -96,6 +97,7 @@ def _root(
 ) -> None:
     from rich.logging import RichHandler
 
+    limit_threads()
     handler = RichHandler(console=_console, show_time=False, show_path=False, show_level=False)
     logger = logging.getLogger("protnest")
     logger.handlers[:] = [handler]
