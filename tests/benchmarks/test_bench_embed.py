@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import typer
-from protnest.benchmarks import bench_embed, peers
+from protnest.benchmarks import bench_embed, embed_suite, peers
 from protnest.benchmarks.rows import ROOT
 from protnest.engine.config import EncoderConfig
 from typer.testing import CliRunner
@@ -29,7 +29,7 @@ APP.command()(bench_embed.embed)
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setitem(bench_embed.SHAPES, "tiny", EncoderConfig(layers=1, width=16, heads=2, feedforward=64))
-    monkeypatch.setattr(bench_embed, "copy_gbytes_per_s", lambda device: 1.0)
+    monkeypatch.setattr(embed_suite, "copy_gbytes_per_s", lambda device: 1.0)
     fasta = write_fasta(tmp_path / "a.fasta", random_proteins(9, seed=0))
 
     def start(*options: str) -> tuple[int, str, list[dict[str, Any]]]:
@@ -73,7 +73,7 @@ def test_a_difference_ends_it_with_exit_code_1(run: Any, monkeypatch: pytest.Mon
     ("options", "code", "message"),
     [
         (["--shapes", "9M"], 2, "unknown: 9M"),
-        (["--precisions", "fp16"], 2, "allowed are fp32, bf16"),
+        (["--precisions", "fp16"], 2, "allowed are fp32, bf16, int8"),
         (["--budgets", "0,64"], 2, "expected positive whole numbers"),
         (["--sequences", "10"], 1, "holds 9 proteins, 10 were asked for"),
     ],
