@@ -8,6 +8,7 @@ The worker stays alive between passes and takes the time itself, so that sending
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -184,7 +185,9 @@ class EsmCpp:
 def _end(process: subprocess.Popen[bytes], folder: tempfile.TemporaryDirectory[str]) -> None:
     for stream in (process.stdin, process.stdout):
         if stream is not None:
-            stream.close()
+            # What was not sent to a process that died cannot be sent any more.
+            with contextlib.suppress(BrokenPipeError):
+                stream.close()
     try:
         process.wait(timeout=10)
     except subprocess.TimeoutExpired:
