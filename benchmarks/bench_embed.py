@@ -130,7 +130,7 @@ def wide_console() -> Console:
 
 
 def embed(
-    quick: Annotated[bool, typer.Option("--quick", help="8M only, 40 sequences, 3 pairs.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="8M only, 40 sequences, 3 pairs of 3 seconds.")] = False,
     shapes: Annotated[str, typer.Option(help="Published sizes, with commas between.")] = "8M,35M",
     mix: Annotated[str, typer.Option(help=f"Lengths: {', '.join(MIXES)}, with commas between.")] = "uniprot",
     sequences: Annotated[int, typer.Option(help="How many proteins to sample.", min=1)] = 200,

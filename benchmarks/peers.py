@@ -371,10 +371,13 @@ def build_lineup(
     if len({encoder.fingerprint for encoder in adopted}) != 1:
         message = f"the engines' weights differ: {[encoder.fingerprint for encoder in adopted]}"
         raise RuntimeError(message)
+    # At 650M and beyond a copy that nobody needs is gigabytes.
+    del adopted[1:]
     ours = [Protnest(adopted[0], precision=precision, device=device) for precision in precisions]
     if reference is None:
         if theirs is not None:
-            reference = Transformers(theirs, precision="fp32", device=device)
+            in_fp32 = [peer for peer in others if peer.precision == "fp32"]
+            reference = in_fp32[0] if in_fp32 else Transformers(theirs, precision="fp32", device=device)
         else:
             reference = Protnest(adopted[0], precision="fp32", device=device)
     logits_reference: Engine | None = None

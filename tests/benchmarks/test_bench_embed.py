@@ -74,6 +74,13 @@ def test_int8_is_left_out_by_name_where_ours_has_none(run: Any, monkeypatch: pyt
     assert "no precision of ours is left" in output
 
 
+def test_quick_is_less_of_everything() -> None:
+    given = embed_suite.EmbedSettings(shapes=("35M", "150M"), sequences=500, pairs=2, seed=7)
+    quick = given.quick()
+    assert (quick.shapes, quick.sequences, quick.pairs, quick.seed) == (("8M",), 40, 2, 7)
+    assert quick.pass_seconds < given.pass_seconds
+
+
 def test_the_uniform_mix_tries_a_batch_of_eight_whole_proteins() -> None:
     settings = embed_suite.EmbedSettings(budgets=(1, 1024))
     assert embed_suite.budgets_for(settings, "uniform") == [1, 1024, 8 * 258]
