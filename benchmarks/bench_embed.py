@@ -26,6 +26,7 @@ from protnest.benchmarks.embed_suite import (
     choose_proteins,
     embed_table,
     run_embed,
+    say_what_is_allowed,
     survey,
     verdict_table,
 )
@@ -63,8 +64,13 @@ def run_breakdown(settings: EmbedSettings, console: Console) -> list[Row]:
 
 
 def run_growth(settings: EmbedSettings, console: Console) -> list[Row]:
-    """Rows of every engine over lengths, batches and shapes."""
+    """Rows of every engine over lengths, batches and shapes.
+
+    Raises:
+        ParityError: an engine's answer is wrong.
+    """
     here = survey(settings, console)
+    say_what_is_allowed(here.precisions, console)
     rows: list[Row] = []
     for shape in settings.shapes:
         lineup = _growth_lineup(settings, shape, here.precisions, here.peers, here.esm_cpp_python)

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from protnest.benchmarks.ceiling import forward_flops, synchronise
 from protnest.benchmarks.course import spread
-from protnest.benchmarks.esm_cpp import EsmCpp
+from protnest.benchmarks.esm_cpp import Answer, EsmCpp
+from protnest.benchmarks.parity import check_parity
 from protnest.benchmarks.peers import Engine, Lineup
 from protnest.benchmarks.rows import Row
 from protnest.engine.alphabet import AMINO_ACIDS
@@ -28,14 +29,23 @@ def points(lengths: Sequence[int] = LENGTHS, batches: Sequence[int] = BATCHES) -
         yield "batch", BATCH_RESIDUES, count
 
 
-def _seconds(engine: Engine, sequences: Sequence[str], budget: int, device: Device) -> float:
+def _answer(engine: Engine, sequences: Sequence[str], budget: int, device: Device) -> Answer:
     if isinstance(engine, EsmCpp):
-        return engine.answer(sequences, budget).seconds
+        return engine.answer(sequences, budget)
     synchronise(device)
     begin = time.perf_counter()
-    engine.embed(sequences, budget)
+    vectors_BD = engine.embed(sequences, budget)
     synchronise(device)
-    return time.perf_counter() - begin
+    return Answer(vectors_BD, time.perf_counter() - begin)
+
+
+def _check(lineup: Lineup, sequences: Sequence[str], budget: int, device: Device) -> None:
+    """One pass of each engine, which warms it up, against the reference."""
+    for engine in lineup.engines:
+        answer = _answer(engine, sequences, budget, device)
+        reference = lineup.reference if answer.kind == "embeddings" else lineup.logits_reference
+        assert reference is not None  # whoever gives logits comes with their reference
+        check_parity(engine.name, engine.precision, reference.embed(sequences, budget), answer.vectors_BD)
 
 
 def grow(
@@ -49,9 +59,12 @@ def grow(
     batches: Sequence[int] = BATCHES,
     seed: int = 0,
 ) -> list[Row]:
-    """A row for each point and engine; engines take turns, after one pass each that warms up.
+    """A row for each point and engine; engines take turns, after one pass each that is held to the reference.
 
     A point's proteins run as one batch, whatever engine; esm-cpp as one sequence at a time where there is only one.
+
+    Raises:
+        ParityError: an engine's answer is wrong.
     """
     generator = np.random.default_rng(seed)
     letters = np.frombuffer(AMINO_ACIDS.encode("ascii"), dtype=np.uint8)
@@ -60,12 +73,11 @@ def grow(
     for axis, residues, count in points(lengths, batches):
         sequences = [generator.choice(letters, residues).tobytes().decode("ascii") for _ in range(count)]
         budget = 1 if count == 1 else count * (residues + 2)
-        for engine in engines:
-            _seconds(engine, sequences, budget, device)
+        _check(lineup, sequences, budget, device)
         taken: dict[Engine, list[float]] = {engine: [] for engine in engines}
         for _ in range(turns):
             for engine in engines:
-                taken[engine].append(_seconds(engine, sequences, budget, device))
+                taken[engine].append(_answer(engine, sequences, budget, device).seconds)
         flops = forward_flops(config, [residues + 2] * count)
         for engine, seconds in taken.items():
             middle = spread(seconds)
