@@ -1,7 +1,9 @@
-"""Embedding throughput of this machine: packed protnest beside fair-esm and transformers, with the machine's ceilings.
+"""Embedding throughput of this machine: packed protnest beside its peers, with the machine's ceilings.
 
     python benchmarks/bench_embed.py --quick
-    python benchmarks/bench_embed.py --shapes 8M,35M --pairs 5
+    python benchmarks/bench_embed.py --shapes 8M,35M,150M --mix uniprot,uniform,antibody --pairs 5
+    python benchmarks/bench_embed.py --breakdown --shapes 8M,150M        # where a pass of ours spends its time
+    python benchmarks/bench_embed.py --growth --shapes 8M,35M            # how time grows with length and batch
 
 Same random weights for all; embeddings are compared before anything is timed, and a difference ends the run with exit
 code 1. See `benchmarks/README.md` for the method and for what each key of a row means.
@@ -9,94 +11,142 @@ code 1. See `benchmarks/README.md` for the method and for what each key of a row
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from protnest.benchmarks.ceiling import copy_gbytes_per_s
-from protnest.benchmarks.comparison import SHAPES, Plan, compare
+from protnest.benchmarks.breakdown import STAGES, break_down
+from protnest.benchmarks.comparison import SHAPES
+from protnest.benchmarks.embed_suite import (
+    PEERS,
+    EmbedSettings,
+    budgets_for,
+    choose_proteins,
+    embed_table,
+    run_embed,
+    say_what_is_allowed,
+    survey,
+    verdict_table,
+)
+from protnest.benchmarks.growth import grow
 from protnest.benchmarks.lists import split_numbers, split_words
 from protnest.benchmarks.parity import ParityError
-from protnest.benchmarks.peers import PEER_MODULES, is_installed
-from protnest.benchmarks.proteins import Proteins, make_up, sample_fasta
-from protnest.benchmarks.rows import ROOT, Row, append_rows, machine_facts
-from protnest.engine.device import PRECISIONS
+from protnest.benchmarks.peers import INT8, Lineup, Protnest, build_lineup, random_encoder
+from protnest.benchmarks.proteins import MIXES
+from protnest.benchmarks.rows import ROOT, Row, append_rows
+from protnest.engine.device import PRECISIONS, precision_name, resolve_precision
 from protnest.engine.errors import InputError
-from protnest.kernels.hardware import multiplies_bf16
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-LIBRARY = ROOT.parent / "shared" / "data" / "sequences" / "uniprot20k_mmseqs2_DB.fasta.gz"
 RESULTS = ROOT / "benchmarks" / "results" / "embed.jsonl"
-
-# Of the sequences, the share on which parity is checked and budgets are tried.
-_TRIED_SHARE = 0.3
-_QUICK_SEQUENCES, _QUICK_PAIRS = 40, 3
-_PRINTED_COLUMNS = 140
-_CPU = torch.device("cpu")
+# fp16 on a CPU is refused by protnest itself.
+CPU_PRECISIONS = (*(name for name in PRECISIONS if name != "fp16" and name != INT8), INT8)
+_PRINTED_COLUMNS = 160
 
 
-def _proteins(fasta: Path | None, count: int, seed: int) -> Proteins:
-    if fasta is None and not LIBRARY.is_file():
-        return make_up(count=count, seed=seed)
-    return sample_fasta(fasta or LIBRARY, count=count, seed=seed)
+def run_breakdown(settings: EmbedSettings, console: Console) -> list[Row]:
+    """A row for each mix, shape and precision of ours, at the largest budget."""
+    here = survey(settings, console)
+    rows: list[Row] = []
+    for mix in settings.mixes:
+        proteins = choose_proteins(settings, mix)
+        for shape in settings.shapes:
+            encoder = random_encoder(SHAPES[shape], seed=settings.seed)
+            for precision in here.precisions:
+                engine = Protnest(encoder, precision=precision, device=settings.device)
+                about = break_down(engine, proteins.sequences, max(budgets_for(settings, mix)))
+                facts = {"suite": "breakdown", "mix": mix, "data": proteins.source, "residues": proteins.residues}
+                rows.append(here.facts | facts | {"shape": shape} | about)
+    return rows
 
 
-def _table(rows: Sequence[Row]) -> Table:
-    table = Table(title="residues/s, mean-pooled embeddings")
-    for column in ("shape", "engine", "tokens a batch"):
-        table.add_column(column)
-    for column in ("residues/s (min to max)", "ours is faster by", "GFLOP/s", "of ceiling", "peak growth"):
-        table.add_column(column, justify="right")
+def run_growth(settings: EmbedSettings, console: Console) -> list[Row]:
+    """Rows of every engine over lengths, batches and shapes.
+
+    Raises:
+        ParityError: an engine's answer is wrong.
+    """
+    here = survey(settings, console)
+    say_what_is_allowed(here.precisions, console)
+    rows: list[Row] = []
+    for shape in settings.shapes:
+        lineup = _growth_lineup(settings, shape, here.precisions, here.peers, here.esm_cpp_python)
+        try:
+            found = grow(shape, SHAPES[shape], lineup, settings.device, turns=settings.pairs, seed=settings.seed)
+        finally:
+            lineup.close()
+        rows += [here.facts | {"suite": "growth"} | row for row in found]
+    return rows
+
+
+def _growth_lineup(
+    settings: EmbedSettings, shape: str, precisions: Sequence[str], peers: Sequence[str], python: Path | None
+) -> Lineup:
+    if peers:
+        return build_lineup(
+            SHAPES[shape],
+            seed=settings.seed,
+            precisions=precisions,
+            device=settings.device,
+            peers=peers,
+            esm_cpp_python=python,
+        )
+    encoder = random_encoder(SHAPES[shape], seed=settings.seed)
+    ours = [Protnest(encoder, precision=precision, device=settings.device) for precision in precisions]
+    default = precision_name(resolve_precision("auto", settings.device))
+    return Lineup(ours=ours, peers=[], reference=ours[0], default_precision=default)
+
+
+def breakdown_table(rows: Sequence[Row]) -> Table:
+    """Shares of a pass, in percent."""
+    table = Table(title="where a pass of ours spends its time, %")
+    for column in ("shape", "mix", "precision", *STAGES):
+        table.add_column(column, justify="right" if column in STAGES else "left")
     for row in rows:
-        faster, grown = row["ours_times_faster_median"], row["peak_growth_bytes"]
-        slowest, fastest = row["residues_per_s_min"], row["residues_per_s_max"]
-        low, high = row["ours_times_faster_min"], row["ours_times_faster_max"]
+        shares = (f"{100 * row['shares'][name]:.1f}" for name in STAGES)
+        table.add_row(row["shape"], row["mix"], row["precision"], *shares)
+    return table
+
+
+def growth_table(rows: Sequence[Row]) -> Table:
+    """Milliseconds over residues and sequences."""
+    table = Table(title="how time grows")
+    for column in ("shape", "engine", "sequences", "residues each", "ms (min to max)", "residues/s", "GFLOP/s"):
+        table.add_column(column, justify="left" if column in ("shape", "engine") else "right")
+    for row in rows:
         table.add_row(
             row["shape"],
             f"{row['engine']} {row['precision']}",
-            "one sequence" if row["budget_tokens"] == 1 else f"{row['budget_tokens']:,}",
-            f"{row['residues_per_s_median']:,.0f} ({slowest:,.0f} to {fastest:,.0f})",
-            "" if faster is None else f"{faster:.2f} ({low:.2f} to {high:.2f}) in {row['ours_precision']}",
+            str(row["batch_sequences"]),
+            str(row["residues_each"]),
+            f"{row['ms_median']:,.1f} ({row['ms_min']:,.1f} to {row['ms_max']:,.1f})",
+            f"{row['residues_per_s_median']:,.0f}",
             f"{row['gflops']:,.0f}",
-            f"{row['percent_of_ceiling']:.0f} %",
-            "" if grown is None else f"{grown / 1e6:,.0f} MB",
         )
     return table
 
 
-def _watch(progress: Progress, shape: str) -> Callable[[int], Callable[[str], None]]:
-    def begun(passes: int) -> Callable[[str], None]:
-        task = progress.add_task(shape, total=passes, engine="")
-        return lambda engine: progress.update(task, advance=1, engine=engine)
-
-    return begun
-
-
-def _run(shapes: Sequence[str], plan: Plan, facts: Row, console: Console) -> list[Row]:
-    rows: list[Row] = []
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[engine]}"),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        for shape in shapes:
-            rows += [facts | row for row in compare(shape, SHAPES[shape], plan, begun=_watch(progress, shape))]
-    return rows
+def wide_console() -> Console:
+    """Standard output; a file or a pipe has no width of its own, and rich would fold tables to 80 columns."""
+    shown = Console()
+    return shown if shown.is_terminal else Console(width=_PRINTED_COLUMNS)
 
 
 def embed(
-    quick: Annotated[bool, typer.Option("--quick", help="8M only, 40 sequences, 3 pairs.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="8M only, 40 sequences, 3 pairs of 3 seconds.")] = False,
     shapes: Annotated[str, typer.Option(help="Published sizes, with commas between.")] = "8M,35M",
+    mix: Annotated[str, typer.Option(help=f"Lengths: {', '.join(MIXES)}, with commas between.")] = "uniprot",
     sequences: Annotated[int, typer.Option(help="How many proteins to sample.", min=1)] = 200,
     pairs: Annotated[int, typer.Option(help="Turns of each peer with ours.", min=1)] = 5,
-    precisions: Annotated[str, typer.Option(help="Of ours and transformers; fair-esm is always fp32.")] = "fp32,bf16",
+    precisions: Annotated[
+        str, typer.Option(help="Of ours and, but for int8, transformers; fair-esm is always fp32.")
+    ] = ",".join(CPU_PRECISIONS),
+    peers: Annotated[str, typer.Option(help="Packages to compare with, with commas between, or none.")] = (
+        ",".join(PEERS)
+    ),
     budgets: Annotated[
         str, typer.Option(help="Tokens a batch to choose among; 1 is one sequence at a time.")
     ] = "1,1024,2048,4096",
@@ -104,65 +154,67 @@ def embed(
         float, typer.Option(help="A pair runs as many of the proteins as the slower engine does in this time.")
     ] = 15.0,
     threads: Annotated[int | None, typer.Option(help="CPU threads; torch's own choice by default.", min=1)] = None,
+    esm_cpp_python: Annotated[
+        Path | None,
+        typer.Option(help="Python of the environment that has esm-cpp.", show_default="out/esm-cpp/bin/python"),
+    ] = None,
     fasta: Annotated[
         Path | None, typer.Option(help="Proteins; by default those beside the checkout, else made up ones.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of sample and weights.")] = 0,
+    breakdown: Annotated[bool, typer.Option("--breakdown", help="Instead: shares of a pass of ours.")] = False,
+    growth: Annotated[bool, typer.Option("--growth", help="Instead: time over length, batch and shape.")] = False,
     out: Annotated[Path, typer.Option(help="JSON lines; rows are appended.")] = RESULTS,
 ) -> None:
     """Measure embedding throughput of this CPU beside peers, in interleaved pairs."""
     console = Console(stderr=True)
-    chosen = ["8M"] if quick else split_words(shapes, list(SHAPES), "--shapes")
-    # fp16 on a CPU is refused by protnest itself.
-    wanted = split_words(precisions, [name for name in PRECISIONS if name != "fp16"], "--precisions")
-    tried = split_numbers(budgets, "--budgets")
+    if breakdown and growth:
+        message = "--breakdown and --growth are two runs"
+        raise typer.BadParameter(message)
+    try:
+        settings = EmbedSettings(
+            shapes=split_words(shapes, list(SHAPES), "--shapes"),
+            mixes=split_words(mix, MIXES, "--mix"),
+            sequences=sequences,
+            pairs=pairs,
+            precisions=split_words(precisions, CPU_PRECISIONS, "--precisions"),
+            budgets=split_numbers(budgets, "--budgets"),
+            pass_seconds=pass_seconds,
+            peers=() if peers == "none" else split_words(peers, PEERS, "--peers"),
+            esm_cpp_python=esm_cpp_python,
+            fasta=fasta,
+            seed=seed,
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
     if quick:
-        sequences, pairs = min(sequences, _QUICK_SEQUENCES), min(pairs, _QUICK_PAIRS)
+        settings = settings.quick()
     if threads is not None:
         torch.set_num_threads(threads)
     try:
-        proteins = _proteins(fasta, sequences, seed)
-    except (InputError, ValueError) as error:
-        console.print(f"[red]{error}[/red]", highlight=False)
-        raise typer.Exit(1) from error
-    console.print(
-        f"{sequences} proteins ({proteins.source}), {proteins.residues:,} residues; {proteins.truncated} cut to 1,022"
-    )
-    if absent := [name for name in PEER_MODULES if not is_installed(name)]:
-        console.print(f"[yellow]not installed, left out: {', '.join(absent)}[/yellow]")
-    if "bf16" in wanted and not multiplies_bf16(_CPU):
-        console.print(
-            "[yellow]this CPU has no bf16 units: ours runs bf16 in fp32 units, peers run torch's emulation[/yellow]"
-        )
-    plan = Plan(
-        sequences=proteins.sequences,
-        budgets=tried,
-        precisions=wanted,
-        pairs=pairs,
-        checked=max(1, round(_TRIED_SHARE * sequences)),
-        device=_CPU,
-        ceiling_rows=(1024, 4096),
-        most_pass_seconds=pass_seconds,
-        seed=seed,
-    )
-    facts = machine_facts(_CPU) | {
-        "suite": "embed",
-        "data": proteins.source,
-        "sequences": sequences,
-        "residues": proteins.residues,
-        "truncated": proteins.truncated,
-        "copy_gbytes_per_s": round(copy_gbytes_per_s(_CPU), 2),
-    }
-    try:
-        rows = _run(chosen, plan, facts, console)
-    except ParityError as error:
+        rows, tables = measure_embed(settings, console, breakdown=breakdown, growth=growth)
+    except (ParityError, InputError, ValueError, RuntimeError) as error:
         console.print(f"[red]{error}[/red]", highlight=False)
         raise typer.Exit(1) from error
     append_rows(out, rows)
-    shown = Console()
-    # A file or a pipe has no width of its own: rich would fold the table to 80 columns.
-    (shown if shown.is_terminal else Console(width=_PRINTED_COLUMNS)).print(_table(rows))
+    shown = wide_console()
+    for table in tables:
+        shown.print(table)
     console.print(f"{len(rows)} rows appended to {out}")
+
+
+def measure_embed(
+    settings: EmbedSettings, console: Console, *, breakdown: bool = False, growth: bool = False
+) -> tuple[list[Row], list[Table]]:
+    """Rows to write, and tables to show."""
+    if breakdown:
+        rows = run_breakdown(settings, console)
+        return rows, [breakdown_table(rows)]
+    if growth:
+        rows = run_growth(settings, console)
+        return rows, [growth_table(rows)]
+    rows, verdicts = run_embed(settings, console)
+    return rows + verdicts, [embed_table(rows), *([verdict_table(verdicts)] if verdicts else [])]
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ _QUICK_SMALL_VOCABULARY_ROWS, _QUICK_LARGE_VOCABULARY_ROWS, _QUICK_PAIRS = 4096,
 # Compiling takes longer than all the rest of a quick run.
 _QUICK_PEERS = ("eager", "chunked", LIGER)
 _PRINTED_COLUMNS = 160
+_VOCABULARIES = (33, 50_257)
 
 
 def _rows_of(vocabulary: int, quick: bool) -> int:
@@ -72,7 +73,7 @@ def _able_peers(names: Sequence[str], device: torch.device, console: Console) ->
     return tuple(name for name in names if not reasons.get(name))
 
 
-def _table(rows: Sequence[Row]) -> Table:
+def kd_table(rows: Sequence[Row]) -> Table:
     table = Table(title=f"distillation loss, {rows[0]['precision']}")
     for column in ("problem", "direction", "engine"):
         table.add_column(column, no_wrap=True)
@@ -99,8 +100,8 @@ def _table(rows: Sequence[Row]) -> Table:
     return table
 
 
-def _run(problems: Sequence[Problem], plan: KDPlan, facts: Row, out: Path, console: Console) -> list[Row]:
-    """Appends each problem's rows as soon as they are there."""
+def _run(problems: Sequence[Problem], plan: KDPlan, facts: Row, out: Path | None, console: Console) -> list[Row]:
+    """Appends each problem's rows as soon as they are there, where there is a file for them."""
     rows: list[Row] = []
     columns = (
         TextColumn("{task.description}"),
@@ -114,7 +115,9 @@ def _run(problems: Sequence[Problem], plan: KDPlan, facts: Row, out: Path, conso
         for problem in problems:
             progress.update(task, description=problem.name)
             found = compare_kd(problem, plan, after_step=lambda step: progress.update(task, step=step))
-            append_rows(out, [facts | row for row in found])
+            found = [facts | row for row in found]
+            if out is not None:
+                append_rows(out, found)
             rows += found
             progress.advance(task)
     return rows
@@ -125,7 +128,9 @@ def measure(
         bool, typer.Option("--quick", help="Few rows, short segments, 3 pairs, no forward pass alone.")
     ] = False,
     operations: Annotated[str, typer.Option(help="With commas between.")] = ",".join(OPERATIONS),
-    vocabularies: Annotated[str, typer.Option(help="Vocabulary sizes, with commas between.")] = "33,50257",
+    vocabularies: Annotated[str, typer.Option(help="Vocabulary sizes, with commas between.")] = ",".join(
+        map(str, _VOCABULARIES)
+    ),
     segments: Annotated[str, typer.Option(help="Of 1,024 rows, or as long as proteins.")] = ",".join(SEGMENTS),
     peers: Annotated[
         str | None, typer.Option(help=f"Of {','.join(PEERS)}; by default all, with --quick {','.join(_QUICK_PEERS)}.")
@@ -143,7 +148,7 @@ def measure(
     """Measure the distillation loss beside peers, in interleaved pairs."""
     console = Console(stderr=True)
     where = _device(device)
-    wanted = itertools.product(
+    chosen = (
         split_words(operations, OPERATIONS, "--operations"),
         split_numbers(vocabularies, "--vocabularies"),
         [SEGMENTS[1]] if quick else split_words(segments, SEGMENTS, "--segments"),
@@ -160,30 +165,66 @@ def measure(
             precision=precision,
             seed=seed,
         )
-        for operation, vocabulary, kind in wanted
+        for operation, vocabulary, kind in itertools.product(*chosen)
     ]
-    usual = _QUICK_PEERS if quick else PEERS
-    able = _able_peers(usual if peers is None else split_words(peers, PEERS, "--peers"), where, console)
+    wanted = None if peers is None else split_words(peers, PEERS, "--peers")
     if threads is not None:
         torch.set_num_threads(threads)
     try:
-        choose_impl("kd_loss", OURS[where.type], torch.empty(0, device=where))
-        facts = machine_facts(where) | {"suite": "kd", "copy_gbytes_per_s": round(copy_gbytes_per_s(where), 2)}
-        plan = KDPlan(
-            device=where,
-            copy_gbytes_per_s=facts["copy_gbytes_per_s"],
-            pairs=min(pairs, _QUICK_PAIRS) if quick else pairs,
-            directions=[BOTH] if quick else [FORWARD, BOTH],
-            peers=able,
-        )
-        found = _run(problems, plan, facts, out, console)
+        found = run_kd(problems, where, console, peers=wanted, pairs=pairs, quick=quick, out=out)
     except (ParityError, RuntimeError) as error:
         console.print(f"[red]{error}[/red]", highlight=False)
         raise typer.Exit(1) from error
     shown = Console()
     # A file or a pipe has no width of its own: rich would fold the table to 80 columns.
-    (shown if shown.is_terminal else Console(width=_PRINTED_COLUMNS)).print(_table(found))
+    (shown if shown.is_terminal else Console(width=_PRINTED_COLUMNS)).print(kd_table(found))
     console.print(f"{len(found)} rows appended to {out}")
+
+
+def usual_problems(*, quick: bool, seed: int = 0) -> list[Problem]:
+    """Both operations at V = 33 and 50,257 in fp32, in every kind of segment; with `quick` few rows and one kind."""
+    kinds = [SEGMENTS[1]] if quick else SEGMENTS
+    return [
+        Problem(
+            operation=operation,
+            vocabulary=vocabulary,
+            rows=_rows_of(vocabulary, quick),
+            segments=kind,
+            precision="fp32",
+            seed=seed,
+        )
+        for operation, vocabulary, kind in itertools.product(OPERATIONS, _VOCABULARIES, kinds)
+    ]
+
+
+def run_kd(
+    problems: Sequence[Problem],
+    device: torch.device,
+    console: Console,
+    *,
+    peers: Sequence[str] | None = None,
+    pairs: int = 5,
+    quick: bool = False,
+    out: Path | None = None,
+) -> list[Row]:
+    """Rows of every problem, also appended to `out` as soon as they are there.
+
+    Raises:
+        ParityError: a loss or a gradient is wrong.
+        RuntimeError: ours cannot run here.
+    """
+    usual = _QUICK_PEERS if quick else PEERS
+    able = _able_peers(usual if peers is None else peers, device, console)
+    choose_impl("kd_loss", OURS[device.type], torch.empty(0, device=device))
+    facts = machine_facts(device) | {"suite": "kd", "copy_gbytes_per_s": round(copy_gbytes_per_s(device), 2)}
+    plan = KDPlan(
+        device=device,
+        copy_gbytes_per_s=facts["copy_gbytes_per_s"],
+        pairs=min(pairs, _QUICK_PAIRS) if quick else pairs,
+        directions=[BOTH] if quick else [FORWARD, BOTH],
+        peers=able,
+    )
+    return _run(problems, plan, facts, out, console)
 
 
 if __name__ == "__main__":

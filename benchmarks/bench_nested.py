@@ -140,7 +140,7 @@ def measure(encoders: Sequence[Encoder], chain: Chain, sequences: Sequence[str],
     return rows
 
 
-def _table(rows: Sequence[Row]) -> Table:
+def nested_table(rows: Sequence[Row]) -> Table:
     table = Table(title="CPU time over that of the models alone")
     for column in ("pool", "what", "ms alone", "ms", "median (its 95 %)", "quartiles", "min to max"):
         table.add_column(column)
@@ -178,31 +178,54 @@ def nested(
     """Measure what a nested embedding costs over running its models alone, on this CPU, on one thread, in fp32."""
     console = Console(stderr=True)
     chosen = split_words(pools, POOLS, "--pools")
-    torch.set_num_threads(1)
-    names = models.split(",") if models else ["nano-xs", "nano-s", *([str(REAL)] if REAL.is_dir() else [])]
+    names = models.split(",") if models else default_models()
     try:
-        source = fasta or (LIBRARY if LIBRARY.is_file() else None)
-        proteins = (
-            make_up(count=sequences, seed=seed) if source is None else sample_fasta(source, count=sequences, seed=seed)
-        )
-        encoders = [load_model(name, device="cpu", precision="fp32") for name in names]
-        facts = machine_facts(torch.device("cpu")) | {
-            "suite": "nested",
-            "models": [encoder.name for encoder in encoders],
-            "widths": [encoder.dim for encoder in encoders],
-            "precision": "fp32",
-            "data": proteins.source,
-            "sequences": sequences,
-            "residues": proteins.residues,
-        }
-        chain = made_up_chain(encoders, seed=seed)
-        rows = [facts | row for pool in chosen for row in measure(encoders, chain, proteins.sequences, pool, pairs)]
+        rows = run_nested(names, chosen, sequences=sequences, pairs=pairs, fasta=fasta, seed=seed)
     except (InputError, ValueError, RuntimeError) as error:
         console.print(f"[red]{error}[/red]", highlight=False)
         raise typer.Exit(1) from error
     append_rows(out, rows)
-    Console().print(_table(rows))
+    Console().print(nested_table(rows))
     console.print(f"{len(rows)} rows appended to {out}")
+
+
+def default_models() -> list[str]:
+    """The bundled models, and the 8M checkpoint beside the checkout where it is there."""
+    return ["nano-xs", "nano-s", *([str(REAL)] if REAL.is_dir() else [])]
+
+
+def run_nested(
+    names: Sequence[str],
+    pools: Sequence[str] = POOLS,
+    *,
+    sequences: int = 6,
+    pairs: int = 40,
+    fasta: Path | None = None,
+    seed: int = 0,
+) -> list[Row]:
+    """Rows of every pooling; torch runs on one thread from then on.
+
+    Raises:
+        InputError, ValueError: models or proteins cannot be read.
+        RuntimeError: a nested row is wrong.
+    """
+    torch.set_num_threads(1)
+    source = fasta or (LIBRARY if LIBRARY.is_file() else None)
+    proteins = (
+        make_up(count=sequences, seed=seed) if source is None else sample_fasta(source, count=sequences, seed=seed)
+    )
+    encoders = [load_model(name, device="cpu", precision="fp32") for name in names]
+    facts = machine_facts(torch.device("cpu")) | {
+        "suite": "nested",
+        "models": [encoder.name for encoder in encoders],
+        "widths": [encoder.dim for encoder in encoders],
+        "precision": "fp32",
+        "data": proteins.source,
+        "sequences": sequences,
+        "residues": proteins.residues,
+    }
+    chain = made_up_chain(encoders, seed=seed)
+    return [facts | row for pool in pools for row in measure(encoders, chain, proteins.sequences, pool, pairs)]
 
 
 if __name__ == "__main__":

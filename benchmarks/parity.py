@@ -2,7 +2,9 @@
 
 The error of a protein is the norm of the difference over the norm of the reference's vector: unlike a cosine, it also
 sees a wrong scale. Allowed are 1e-5 in fp32, 0.004 in fp16 and 0.03 in bf16; the latter means a cosine of at least
-0.9995. Right engines at 8M and 35M were seen at 7e-7 in fp32 and 0.011 in bf16, against fp64.
+0.9995. Right engines at 8M and 35M were seen at 7e-7 in fp32 and 0.011 in bf16, against fp64. In int8 0.1 are allowed
+(a cosine of about 0.995): less than the 0.12 that ESM-2's rescaled embeddings are worth, which one engine had lost.
+This keeps speed honest; what int8 costs a model, random weights cannot say. esm-cpp was seen at 0.02 at 8M.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.floating]
 
-ALLOWED = {"fp32": 1e-5, "fp16": 4e-3, "bf16": 3e-2}
+ALLOWED = {"fp32": 1e-5, "fp16": 4e-3, "bf16": 3e-2, "int8": 0.1}
 
 
 class ParityError(Exception):
@@ -32,7 +34,7 @@ def check_parity(name: str, precision: str, expected_BD: Floats, got_BD: Floats)
 
     Args:
         name: the engine, for the message.
-        precision: "fp32", "bf16" or "fp16"; decides what is allowed.
+        precision: "fp32", "bf16", "fp16" or "int8"; decides what is allowed.
         expected_BD: the reference's embeddings.
         got_BD: at least as many rows.
 
@@ -52,7 +54,7 @@ def check_parity(name: str, precision: str, expected_BD: Floats, got_BD: Floats)
     if not error <= ALLOWED[precision]:
         message = (
             f"{name} {precision}: the embedding of protein {worst} is off by {error:.2e} of its norm, allowed "
-            f"{ALLOWED[precision]:.0e}; nothing is timed"
+            f"{ALLOWED[precision]:.2g}; nothing is timed"
         )
         raise ParityError(message)
     return error

@@ -2,7 +2,8 @@
 
 fair-esm runs as its extract script does: its own planner, converter and forward, logits included, fp32. transformers
 runs `EsmModel` with SDPA and without a pooler, on padded batches sorted by length; its tokens come from a table instead
-of its slower tokenizer. protnest runs `Embedder`. All pool the mean over residues.
+of its slower tokenizer. protnest runs `Embedder`. esm-cpp has a file of its own, `esm_cpp.py`. All pool the mean over
+residues.
 
 Shapes: B sequences, L tokens of the longest one in a padded batch, D width. Budgets are tokens a batch, padding
 counted; a budget of 1 runs one sequence at a time.
@@ -15,21 +16,28 @@ import importlib.util
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from protnest.benchmarks.esm_cpp import ESM_CPP, EsmCpp
+from protnest.benchmarks.esm_cpp import PRECISIONS as ESM_CPP_PRECISIONS
 from protnest.engine import Embedder, Encoder, from_fair_esm, from_transformers
 from protnest.engine.alphabet import BOS_ID, EOS_ID, PAD_ID, RESIDUE_TABLE
 from protnest.engine.config import EncoderConfig, config_to_huggingface
 from protnest.engine.device import PRECISIONS, precision_name, resolve_precision
+from protnest.engine.packing import pack
 from torch import nn
 
 Vectors = npt.NDArray[np.float32]
 
 FAIR_ESM, TRANSFORMERS, PROTNEST = "fair-esm", "transformers", "protnest"
 PEER_MODULES = {FAIR_ESM: "esm", TRANSFORMERS: "transformers"}
+INT8 = "int8"
+# Where an encoder in memory is quantised; a package without it leaves int8 out.
+_QUANTISE_MODULE = "protnest.engine.quantise"
 # What fair-esm and transformers hold beyond the encoder that is compared, or compute by themselves.
 _NOT_COMPARED = ("contact_head.", "lm_head.", "rotary_embeddings.", "rot_emb.", "position_ids")
 
@@ -39,7 +47,7 @@ class Engine(Protocol):
 
     Attributes:
         name: the package.
-        precision: "fp32", "bf16" or "fp16".
+        precision: "fp32", "bf16", "fp16" or "int8".
     """
 
     name: str
@@ -50,6 +58,28 @@ class Engine(Protocol):
         ...
 
 
+def has_int8() -> bool:
+    """Whether ours comes in int8 here."""
+    return importlib.util.find_spec(_QUANTISE_MODULE) is not None
+
+
+def at_precision(encoder: Encoder, precision: str, device: torch.device) -> Encoder:
+    """A copy of an fp32 encoder in another precision: the one place where a benchmark quantises ours.
+
+    Raises:
+        RuntimeError: int8 was asked for, and there is no `protnest.engine.quantise`.
+    """
+    own = copy.deepcopy(encoder)
+    if precision == INT8:
+        if not has_int8():
+            message = f"ours has no int8 here: there is no {_QUANTISE_MODULE}"
+            raise RuntimeError(message)
+        own = importlib.import_module(_QUANTISE_MODULE).quantised(own).to(device)
+    else:
+        own = own.to(device=device, dtype=PRECISIONS[precision])
+    return own.requires_grad_(False)
+
+
 class Protnest:
     """`protnest.engine.Embedder`, packed batches."""
 
@@ -57,11 +87,10 @@ class Protnest:
 
     def __init__(self, encoder: Encoder, *, precision: str, device: torch.device) -> None:
         self.precision = precision
-        # A copy: several precisions come from one encoder.
-        self._encoder = copy.deepcopy(encoder).to(device=device, dtype=PRECISIONS[precision]).requires_grad_(False)
+        self.encoder = at_precision(encoder, precision, device)
 
     def embed(self, sequences: Sequence[str], budget: int) -> Vectors:
-        vectors = Embedder(self._encoder, pool="mean", max_tokens=budget).embed(sequences)
+        vectors = Embedder(self.encoder, pool="mean", max_tokens=budget).embed(sequences)
         assert isinstance(vectors, np.ndarray)
         return vectors
 
@@ -122,6 +151,25 @@ class FairEsm:
         return result
 
 
+class MeanLogits:
+    """Means over residues of our fp32 logits (B, V): what engines are held to where logits are all that they give."""
+
+    name = "mean logits"
+    precision = "fp32"
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = encoder
+
+    def embed(self, sequences: Sequence[str], budget: int) -> Vectors:
+        """One sequence at a time, whatever the budget; float32 (B, V)."""
+        rows = []
+        with torch.inference_mode():
+            for sequence in sequences:
+                hidden_TD = self._encoder(pack([sequence])).hidden_TD
+                rows.append(self._encoder.logits(hidden_TD[1:-1]).mean(0).numpy())
+        return np.stack(rows)
+
+
 def sorted_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Indices by rising length, cut so that no padded batch exceeds `budget` tokens, unless it holds one sequence."""
     batches: list[list[int]] = []
@@ -178,6 +226,14 @@ def random_encoder(config: EncoderConfig, *, seed: int) -> Encoder:
     return encoder.requires_grad_(False)
 
 
+def _with_head(encoder: Encoder, *, seed: int) -> Encoder:
+    """A copy with a random language-model head in place of its own, if it has one."""
+    whole = random_encoder(encoder.config, seed=seed)
+    body = {name: tensor for name, tensor in encoder.state_dict().items() if not name.startswith("head.")}
+    whole.load_state_dict(body, strict=False)
+    return whole
+
+
 def _random_transformers(config: EncoderConfig, *, seed: int) -> nn.Module:
     from transformers import EsmConfig, EsmModel
 
@@ -224,6 +280,9 @@ def _copy_to_fair_esm(source: nn.Module, target: nn.Module, layers: int) -> None
         raise RuntimeError(message)
 
 
+Peer = Transformers | FairEsm | EsmCpp
+
+
 @dataclass(frozen=True, kw_only=True)
 class Lineup:
     """The engines of one model shape; their weights are the same, bit for bit in fp32.
@@ -233,25 +292,33 @@ class Lineup:
         peers: the others in each precision that they have.
         reference: an fp32 engine, a peer's where one is installed; all must agree with it.
         default_precision: which one `--precision auto` is here.
+        logits_reference: for passes that give logits; None where no engine does.
     """
 
     ours: list[Protnest]
-    peers: list[Transformers | FairEsm]
+    peers: list[Peer]
     reference: Engine
     default_precision: str
+    logits_reference: Engine | None = None
 
     @property
-    def engines(self) -> list[Protnest | Transformers | FairEsm]:
+    def engines(self) -> list[Protnest | Peer]:
         return [*self.ours, *self.peers]
 
     def rivals(self, peer: Engine) -> list[Protnest]:
-        """Ours in the peer's precision and, where the peer does not come in it, ours in the precision it runs in here.
+        """Ours in the peer's precision and, where the peer does not come in it, in bf16 and in what is default here.
 
         So like meets like, and what a user gets by default from one meets what they get from the other.
         """
         of_peer = {other.precision for other in self.peers if other.name == peer.name}
-        wanted = {peer.precision, *({self.default_precision} - of_peer)}
+        wanted = {peer.precision, *({self.default_precision, "bf16"} - of_peer)}
         return [engine for engine in self.ours if engine.precision in wanted] or self.ours[:1]
+
+    def close(self) -> None:
+        """Ends the processes that some engines have."""
+        for engine in self.peers:
+            if isinstance(engine, EsmCpp):
+                engine.close()
 
 
 def build_lineup(
@@ -261,6 +328,7 @@ def build_lineup(
     precisions: Sequence[str],
     device: torch.device,
     peers: Sequence[str] = (FAIR_ESM, TRANSFORMERS),
+    esm_cpp_python: Path | None = None,
 ) -> Lineup:
     """Builds every engine that is installed, from one set of random weights.
 
@@ -270,22 +338,25 @@ def build_lineup(
     Args:
         config: the architecture.
         seed: of the weights.
-        precisions: "fp32", "bf16" or "fp16", of ours and of transformers; fair-esm comes in fp32, whatever they are.
+        precisions: "fp32", "bf16", "fp16" or "int8", of ours and, but for int8, of transformers; fair-esm comes in fp32
+            and esm-cpp in fp32 and int8, whatever they are.
         device: where all run.
         peers: which packages to compare with; those that are not installed are left out.
+        esm_cpp_python: of the environment that has esm-cpp, see `esm_cpp.find_python`; it runs on CPUs only.
 
     Raises:
-        RuntimeError: the weights of two engines differ.
+        RuntimeError: the weights of two engines differ, or one of ours or esm-cpp's could not be made.
     """
-    wanted = [name for name in peers if is_installed(name)]
+    wanted = [name for name in peers if name in PEER_MODULES and is_installed(name)]
     adopted: list[Encoder] = []
-    others: list[Transformers | FairEsm] = []
+    others: list[Peer] = []
     reference: Engine | None = None
     theirs: nn.Module | None = None
     if TRANSFORMERS in wanted:
         theirs = _random_transformers(config, seed=seed)
         adopted.append(from_transformers(theirs))
-        others += [Transformers(theirs, precision=precision, device=device) for precision in precisions]
+        theirs_in = [precision for precision in precisions if precision != INT8] or ["fp32"]
+        others += [Transformers(theirs, precision=precision, device=device) for precision in theirs_in]
     if FAIR_ESM in wanted:
         model: Any = _fair_esm(config)
         if theirs is None:
@@ -300,15 +371,28 @@ def build_lineup(
     if len({encoder.fingerprint for encoder in adopted}) != 1:
         message = f"the engines' weights differ: {[encoder.fingerprint for encoder in adopted]}"
         raise RuntimeError(message)
+    # At 650M and beyond a copy that nobody needs is gigabytes.
+    del adopted[1:]
     ours = [Protnest(adopted[0], precision=precision, device=device) for precision in precisions]
     if reference is None:
         if theirs is not None:
-            reference = Transformers(theirs, precision="fp32", device=device)
+            in_fp32 = [peer for peer in others if peer.precision == "fp32"]
+            reference = in_fp32[0] if in_fp32 else Transformers(theirs, precision="fp32", device=device)
         else:
             reference = Protnest(adopted[0], precision="fp32", device=device)
+    logits_reference: Engine | None = None
+    if ESM_CPP in peers and esm_cpp_python is not None and device.type == "cpu":
+        whole = _with_head(adopted[0], seed=seed + 1)
+        logits_reference = MeanLogits(whole)
+        threads = torch.get_num_threads()
+        others += [
+            EsmCpp(whole, precision=precision, python=esm_cpp_python, threads=threads)
+            for precision in ESM_CPP_PRECISIONS
+        ]
     return Lineup(
         ours=ours,
         peers=others,
         reference=reference,
         default_precision=precision_name(resolve_precision("auto", device)),
+        logits_reference=logits_reference,
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from protnest.engine import read_fasta
 from protnest.engine.alphabet import AMINO_ACIDS
 
@@ -62,16 +63,45 @@ def sample_fasta(path: Path, *, count: int, seed: int) -> Proteins:
     )
 
 
+MIXES = ("uniprot", "uniform", "antibody")
+"""Mixes of lengths: as in UniProt; 256 residues each; 120 residues, give or take 5, as antibodies' variable domains."""
+UNIFORM_RESIDUES, UNIFORM_BATCH = 256, 8
+_ANTIBODY_RESIDUES, _ANTIBODY_SIGMA = 120, 5
+
+
 def make_up(*, count: int, seed: int, longest: int = MAX_RESIDUES) -> Proteins:
     """Random proteins with UniProt's composition and spread of lengths, cut to between 30 and `longest` residues."""
     generator = np.random.default_rng(seed)
     lengths = np.exp(generator.normal(np.log(_MEDIAN_RESIDUES), _SIGMA, size=count)).astype(np.int64)
     lengths = lengths.clip(min(_FEWEST_RESIDUES, longest), longest)
+    return _of_lengths(lengths, generator, f"made up, seed {seed}")
+
+
+def make_up_mix(mix: str, *, count: int, seed: int) -> Proteins:
+    """Random proteins of one of `MIXES`.
+
+    Raises:
+        ValueError: there is no such mix.
+    """
+    generator = np.random.default_rng(seed)
+    source = f"made up {mix}, seed {seed}"
+    if mix == "uniprot":
+        return make_up(count=count, seed=seed)
+    if mix == "uniform":
+        return _of_lengths(np.full(count, UNIFORM_RESIDUES), generator, source)
+    if mix == "antibody":
+        lengths = generator.normal(_ANTIBODY_RESIDUES, _ANTIBODY_SIGMA, size=count).round().astype(np.int64)
+        return _of_lengths(lengths.clip(min=_FEWEST_RESIDUES), generator, source)
+    message = f"mix is {mix!r}, expected one of {', '.join(MIXES)}"
+    raise ValueError(message)
+
+
+def _of_lengths(lengths: npt.NDArray[np.int64], generator: np.random.Generator, source: str) -> Proteins:
     shares = np.array(_COMPOSITION) / sum(_COMPOSITION)
     letters = generator.choice(np.frombuffer(AMINO_ACIDS.encode("ascii"), dtype=np.uint8), lengths.sum(), p=shares)
     text, ends = letters.tobytes().decode("ascii"), np.cumsum(lengths).tolist()
     sequences = [text[end - length : end] for end, length in zip(ends, lengths.tolist(), strict=True)]
-    return Proteins(source=f"made up, seed {seed}", sequences=sequences)
+    return Proteins(source=source, sequences=sequences)
 
 
 def first_tokens(sequences: Sequence[str], tokens: int) -> list[str]:

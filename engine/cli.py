@@ -311,8 +311,25 @@ def import_chain(
 
 
 @app.command()
-def info(json_output: Json = False) -> None:
-    """Say what runs on this machine, and why."""
+def info(
+    fits: Annotated[
+        str | None,
+        typer.Option(help="Instead: which models, lengths and batches fit into so much memory, as 8GB or 7.5GiB."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="With --fits: names or folders, joined by commas.", show_default="all names")
+    ] = None,
+    precision: Annotated[
+        Literal["fp32", "bf16", "fp16", "int8"] | None, typer.Option(help="With --fits.", show_default="all")
+    ] = None,
+    length: Annotated[int, typer.Option(help="With --fits: residues of the longest protein.", min=1)] = 1022,
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="With --fits: whose memory it is.")] = "cuda",
+    json_output: Json = False,
+) -> None:
+    """Say what runs on this machine, and why; or what fits into a memory."""
+    if fits is not None:
+        _print_fits(fits, model, precision, length, device, json_output)
+        return
     from .info import describe
 
     facts = describe()
@@ -324,6 +341,40 @@ def info(json_output: Json = False) -> None:
         for name, value in values.items():
             table.add_row(section, name, str(value))
             section = ""
+    Console(soft_wrap=True).print(table)
+
+
+def _print_fits(
+    size: str, model: str | None, precision: str | None, length: int, device: str, json_output: bool
+) -> None:
+    from dataclasses import asdict
+
+    from .fits import find_fits, parse_size
+
+    try:
+        memory_bytes = parse_size(size)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--fits") from error
+    names = model.split(",") if model else ()
+    found = find_fits(memory_bytes, models=names, precision=precision, device=device, residues=length)
+    if json_output:
+        about = {"memory_bytes": memory_bytes, "device": device, "residues": length}
+        typer.echo(json.dumps(about | {"models": [asdict(each) for each in found]}))
+        return
+    table = Table(title=f"{memory_bytes / 1e9:,.2f} GB on {device}, proteins of {length:,} residues")
+    for column in ("model", "precision"):
+        table.add_column(column, no_wrap=True)
+    for column in ("weights", "tokens a batch", "longest protein", "fits"):
+        table.add_column(column, justify="right")
+    for each in found:
+        table.add_row(
+            each.model,
+            each.precision,
+            f"{each.weights_bytes / 1e6:,.0f} MB",
+            f"{each.most_tokens:,}",
+            f"{each.longest_residues:,}",
+            "yes" if each.fits else "no",
+        )
     Console(soft_wrap=True).print(table)
 
 

@@ -163,7 +163,8 @@ def test_importing_does_nothing(folder: str) -> None:
 
 def test_importing_the_public_names_is_light() -> None:
     """`protnest --help` must not wait for torch."""
-    script = "import sys, protnest.engine, protnest.engine.cli, protnest.training.cli; print('torch' in sys.modules)"
+    commands = "protnest.engine.cli, protnest.training.cli, protnest.benchmarks.cli"
+    script = f"import sys, protnest.engine, {commands}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

@@ -132,7 +132,7 @@ def test_a_peer_without_memory_has_a_row_that_says_so(monkeypatch: pytest.Monkey
     assert eager["ms_median"] is eager["ours_times_faster_median"] is eager["percent_of_ceiling"] is None
     assert (ours["failure"], ours["passes"]) == (None, 1)
     assert eager.keys() == ours.keys() == KEYS
-    assert "20 GiB" in bench_kd._table([ours, eager]).columns[3]._cells[1]
+    assert "20 GiB" in bench_kd.kd_table([ours, eager]).columns[3]._cells[1]
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from protnest.benchmarks.ceiling import copy_gbytes_per_s, forward_flops, gemm_gflops
+from protnest.benchmarks.ceiling import copy_gbytes_per_s, forward_flops, gemm_gflops, precision_gflops
 from protnest.benchmarks.memory import PeakMemory
 from protnest.benchmarks.peers import random_encoder
 from protnest.engine import encoder as encoder_file
@@ -31,6 +31,8 @@ def test_flops_are_those_that_torch_counts(monkeypatch: pytest.MonkeyPatch) -> N
 def test_rates_are_positive_and_finite() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         assert 0 < gemm_gflops(CONFIG, dtype, CPU, rows=(16, 32), repeats=1) < 1e6
+    for precision in ("fp32", "int8"):
+        assert 0 < precision_gflops(CONFIG, precision, CPU, rows=(16, 32), repeats=1) < 1e6
     assert 0 < copy_gbytes_per_s(CPU, size_bytes=1 << 20, repeats=1) < 1e5
 
 

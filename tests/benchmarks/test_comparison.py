@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 from protnest.benchmarks import comparison
+from protnest.benchmarks import course as course_file
 from protnest.benchmarks.ceiling import forward_flops
-from protnest.benchmarks.comparison import SHAPES, Plan, compare, spread
+from protnest.benchmarks.comparison import SHAPES, Plan, compare, contest, spread
 from protnest.benchmarks.parity import ParityError
 from protnest.benchmarks.peers import Lineup
 from protnest.engine.config import EncoderConfig
@@ -54,9 +55,9 @@ def course(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     ours = StandIn("protnest", clock, lambda budget: 0.001 if budget == 64 else 0.002, diary)
     peer = StandIn("peer", clock, lambda budget: 0.003 if budget == 1 else 0.004, diary)
     lineup = Lineup(ours=[ours], peers=[peer], reference=ours, default_precision="fp32")  # type: ignore[list-item]
-    monkeypatch.setattr(comparison, "time", clock)
+    monkeypatch.setattr(course_file, "time", clock)
     monkeypatch.setattr(comparison, "build_lineup", lambda *given, **options: lineup)
-    monkeypatch.setattr(comparison, "gemm_gflops", lambda *given, **options: 1.0)
+    monkeypatch.setattr(comparison, "precision_gflops", lambda *given, **options: 1.0)
     return SimpleNamespace(clock=clock, diary=diary, ours=ours, peer=peer)
 
 
@@ -157,6 +158,55 @@ def test_ours_is_measured_where_there_are_no_peers(course: SimpleNamespace, monk
 def test_plans_are_validated(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         _plan(**changes)
+
+
+def _more(course: SimpleNamespace, name: str, precision: str, seconds: float) -> StandIn:
+    engine = StandIn(name, course.clock, lambda budget: seconds, course.diary)
+    engine.precision = precision
+    return engine
+
+
+def test_the_verdict_is_against_the_fastest_peer_of_any_precision(
+    course: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bf16, int8 = _more(course, "protnest", "bf16", 0.0008), _more(course, "protnest", "int8", 0.0005)
+    fair, quantised = _more(course, "fair-esm", "fp32", 0.01), _more(course, "esm-cpp", "int8", 0.002)
+    lineup = Lineup(
+        ours=[course.ours, bf16, int8],  # type: ignore[list-item]
+        peers=[fair, course.peer, quantised],  # type: ignore[list-item]
+        reference=course.ours,
+        default_precision="fp32",
+    )
+    monkeypatch.setattr(comparison, "build_lineup", lambda *given, **options: lineup)
+    outcome = contest("tiny", CONFIG, _plan())
+    assert outcome.verdict is not None
+    ratios = outcome.verdict["ratios"]
+    medians = {name: (ratio["median"], ratio["peer"]) for name, ratio in ratios.items()}
+    assert medians == {
+        "ours fp32 / fastest peer": (2.0, "esm-cpp int8"),
+        "ours bf16 / fastest peer": (2.5, "esm-cpp int8"),
+        "ours int8 / fastest peer": (4.0, "esm-cpp int8"),
+        "ours fp32 / fair-esm": (10.0, "fair-esm fp32"),
+        "ours bf16 / fair-esm": (12.5, "fair-esm fp32"),
+    }
+    assert {ratio["pairs"] for ratio in ratios.values()} == {4}
+    # The fastest one met all of ours in every turn.
+    assert course.diary[-16:] == ["esm-cpp 4 at 1", "protnest 4 at 64", "protnest 4 at 1", "protnest 4 at 1"] * 4
+
+
+def test_without_peers_there_is_no_verdict(course: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = Lineup(ours=[course.ours], peers=[], reference=course.ours, default_precision="fp32")
+    monkeypatch.setattr(comparison, "build_lineup", lambda *given, **options: alone)
+    assert contest("tiny", CONFIG, _plan()).verdict is None
+
+
+def test_engines_with_processes_are_ended(course: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[bool] = []
+    monkeypatch.setattr(Lineup, "close", lambda self: closed.append(True))
+    course.peer.wrong = True
+    with pytest.raises(ParityError):
+        contest("tiny", CONFIG, _plan())
+    assert closed == [True]
 
 
 def test_spread_and_shapes() -> None:

@@ -56,7 +56,7 @@ def test_catches_wrong_answers(broken: Callable[[np.ndarray], np.ndarray], preci
         check_parity("engine", precision, _expected(), broken(_expected()))
 
 
-@pytest.mark.parametrize(("precision", "bits"), [("fp32", 20), ("fp16", 10), ("bf16", 7)])
+@pytest.mark.parametrize(("precision", "bits"), [("fp32", 20), ("fp16", 10), ("bf16", 7), ("int8", 4)])
 def test_allows_rounding(precision: str, bits: int) -> None:
     assert 0 < check_parity("engine", precision, _expected(), _rounded(bits)(_expected())) <= ALLOWED[precision]
 

@@ -54,7 +54,7 @@ def test_rotary_frequencies_of_transformers_stay_fp32(lineup: Lineup) -> None:
 @pytest.mark.parametrize(
     ("default", "expected"),
     [
-        ("fp32", {"fair-esm fp32": ["fp32"], "transformers fp32": ["fp32"], "transformers bf16": ["bf16"]}),
+        ("fp32", {"fair-esm fp32": ["fp32", "bf16"], "transformers fp32": ["fp32"], "transformers bf16": ["bf16"]}),
         ("bf16", {"fair-esm fp32": ["fp32", "bf16"], "transformers fp32": ["fp32"], "transformers bf16": ["bf16"]}),
     ],
 )
