@@ -61,7 +61,7 @@ def quantise_weight(weight_OI: torch.Tensor) -> QuantisedWeight:
     """Rounds each row to the nearest of 255 levels, the largest magnitude at 127, ties to even.
 
     Args:
-        weight_OI: (O, I), floating, finite.
+        weight_OI: (O, I), floating, finite; in fp32, whatever its dtype.
 
     Raises:
         ValueError: it has not two axes, no inputs or too many, another dtype, or a value that is not finite.
@@ -70,17 +70,16 @@ def quantise_weight(weight_OI: torch.Tensor) -> QuantisedWeight:
         message = f"weight is {weight_OI.dtype} {tuple(weight_OI.shape)}, want floating point (O, I)"
         raise ValueError(message)
     _check_inputs("weight", weight_OI.shape[1])
-    wide_OI = weight_OI.detach().double()
-    if not torch.isfinite(wide_OI).all():
-        row = int((~torch.isfinite(wide_OI)).any(dim=1).nonzero()[0])
-        message = f"weight row {row} is not finite"
+    weight_OI = weight_OI.detach().float()
+    largest_O = weight_OI.abs().amax(dim=1)
+    if broken := (~torch.isfinite(largest_O)).nonzero()[:, 0].tolist():
+        message = f"weight row {broken[0]} is not finite"
         raise ValueError(message)
-    scale_O = (wide_OI.abs().amax(dim=1) / LARGEST).float()
-    # Rounded by the scale that is kept, not by the exact one: else the largest could come out as 127.00001 of it.
-    divisor_O1 = torch.where(scale_O > 0, scale_O, 1.0).double()[:, None]
-    values_OI = (wide_OI / divisor_O1).round().clamp(-LARGEST, LARGEST)
+    scale_O = largest_O / LARGEST
+    divisor_O = torch.where(scale_O > 0, scale_O, 1.0)
+    values_OI = (weight_OI / divisor_O[:, None]).round().clamp(-LARGEST, LARGEST).to(torch.int8)
     sum_O = (values_OI.sum(dim=1) * scale_O.double()).float()
-    return QuantisedWeight(values_OI.to(torch.int8), scale_O, sum_O)
+    return QuantisedWeight(values_OI, scale_O, sum_O)
 
 
 def quantise_rows(x_NI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

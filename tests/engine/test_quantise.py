@@ -49,7 +49,7 @@ class _Unrounded(nn.Module):
         x_NI = x_NI.double()
         if self.multiplier_I is not None and self.offset_I is not None:
             x_NI = x_NI * self.multiplier_I - self.offset_I
-        return F.linear(x_NI, self.weight, self.bias).float()
+        return F.linear(x_NI, self.weight.double(), self.bias.double()).float()
 
 
 def check_folding(ops: ModuleType) -> None:
