@@ -228,7 +228,9 @@ def _check(qkv: torch.Tensor, cos_PJ: torch.Tensor, sin_PJ: torch.Tensor, cu_seq
             message = f"{name} is {table.dtype} {tuple(table.shape)}, expected contiguous torch.float32 (P, {K // 2})"
             raise ValueError(message)
     if cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32 or not cu_seqlens.is_contiguous():
-        message = f"cu_seqlens is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}, expected contiguous torch.int32 (B + 1,)"
+        message = (
+            f"cu_seqlens is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}, expected contiguous torch.int32 (B + 1,)"
+        )
         raise ValueError(message)
 
 

@@ -19,7 +19,7 @@ from support.poisoned import DEVICE, guarded, half_ulp, on_triton, poisoned_memo
 from support.source_mutants import load_mutant
 
 pytest.importorskip("triton")
-from protnest.kernels.gpu import add_norm as module  # noqa: E402  needs Triton
+from protnest.kernels.gpu import add_norm as module
 
 pytestmark = on_triton
 EPS = 1e-5
@@ -29,7 +29,7 @@ Given = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]
 
 
 def _hostile(T: int, D: int, dtype: torch.dtype, *, seed: int = 0) -> Given:
-    """x, delta, weight, bias. Rows differ in scale from 1e-3 to 10 and in mean to a hundred deviations; one is constant."""
+    """x, delta, weight, bias. Rows differ in scale, 1e-3 to 10, and in mean, to a hundred deviations; one is flat."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -46,8 +46,8 @@ def _hostile(T: int, D: int, dtype: torch.dtype, *, seed: int = 0) -> Given:
 def _failure(given: Given, dtype: torch.dtype, *, twin: ModuleType = module) -> str | None:
     """The worst element, if one lies further from gold than rounding explains.
 
-    Bound of the sum: half an ulp. Of the norm: half an ulp of its dtype, and 4 eps of fp32 times the sizes of its terms,
-    a centred value counting as (|x| + |delta| + |mean|) over the deviation. The product is at 1.3 of these 4.
+    Bound of the sum: half an ulp. Of the norm: half an ulp of its dtype, and 4 eps of fp32 times the sizes of its
+    terms, a centred value counting as (|x| + |delta| + |mean|) over the deviation. The product is at 1.3 of these 4.
     """
     with poisoned_memory():
         got_sum, got = twin.add_norm(*given, EPS, dtype)
@@ -129,7 +129,11 @@ def test_mutants_are_caught(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("place", "broken", "problem"),
     [
-        (0, lambda x: x.double(), "x is torch.float64 (3, 8), expected contiguous torch.float32 (T, D), D from 1 to 8192"),
+        (
+            0,
+            lambda x: x.double(),
+            "x is torch.float64 (3, 8), expected contiguous torch.float32 (T, D), D from 1 to 8192",
+        ),
         (0, lambda x: x.T, "x is torch.float32 (8, 3), expected contiguous"),
         (1, lambda x: x[:2], "delta is torch.float32 (2, 8), expected contiguous (3, 8) in one of torch.float32"),
         (2, lambda x: x[:7], "weight is torch.float32 (7,), expected contiguous (8,)"),

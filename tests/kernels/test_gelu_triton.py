@@ -20,7 +20,7 @@ from support.poisoned import DEVICE, guarded, half_ulp, on_triton, poisoned_memo
 from support.source_mutants import load_mutant
 
 pytest.importorskip("triton")
-from protnest.kernels.gpu import gelu as module  # noqa: E402  needs Triton
+from protnest.kernels.gpu import gelu as module
 
 pytestmark = on_triton
 SHAPES = [(1, 1), (5, 123), (9, 1280), (3, 513)]
@@ -98,7 +98,11 @@ def test_mutants_are_caught(name: str, tmp_path: Path) -> None:
     [
         (torch.zeros(3), torch.zeros(3), "expected x (N, F) and bias (F,), got (3,) and (3,)"),
         (torch.zeros(3, 4), torch.zeros(3), "expected x (N, F) and bias (F,), got (3, 4) and (3,)"),
-        (torch.zeros(3, 4).double(), torch.zeros(4), "x is torch.float64, expected it contiguous in one of torch.float32"),
+        (
+            torch.zeros(3, 4).double(),
+            torch.zeros(4),
+            "x is torch.float64, expected it contiguous in one of torch.float32",
+        ),
         (torch.zeros(4, 3).T, torch.zeros(4), "x is torch.float32, expected it contiguous"),
         (torch.zeros(3, 4), torch.zeros(4).int(), "bias is torch.int32, expected it contiguous"),
     ],

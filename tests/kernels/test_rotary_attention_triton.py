@@ -5,6 +5,7 @@ Shapes: T tokens, B sequences, L one sequence, H heads, K head width, J = K/2, P
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from support.poisoned import DEVICE, INTERPRETED, guarded, half_ulp, on_triton, 
 from support.source_mutants import load_mutant
 
 pytest.importorskip("triton")
-from protnest.kernels.gpu import rotary_attention as module  # noqa: E402  needs Triton
+from protnest.kernels.gpu import rotary_attention as module
 
 pytestmark = on_triton
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -57,8 +58,8 @@ def _gold(given: Given) -> tuple[Doubles, Doubles]:
     """fp64 result (T, H, K), and how far from it one may be.
 
     With u one rounding of an operand and e eps of fp32: a score, of sizes s = |R q| . |R k| / sqrt(K), is off by
-    d = (2 u + 4 e) s, its weight by the factor exp(d + mean of d), and by u + 4 e in what follows. The result is rounded
-    to its dtype. The product is at a tenth of it: roundings do not all go one way.
+    d = (2 u + 4 e) s, its weight by the factor exp(d + mean of d), and by u + 4 e in what follows. The result is
+    rounded to its dtype. The product is at a tenth of it: roundings do not all go one way.
     """
     qkv, cos, sin = (each.double().cpu().numpy() for each in given[:3])
     T, heads, K = qkv.shape
@@ -67,13 +68,15 @@ def _gold(given: Given) -> tuple[Doubles, Doubles]:
     u = half_ulp(given.qkv.dtype) if given.qkv.dtype != torch.float32 else 0.0
     e = torch.finfo(torch.float32).eps
     ends = given.cu_seqlens.cpu().tolist()
-    for begin, end in zip(ends, ends[1:], strict=False):
+    for begin, end in itertools.pairwise(ends):
         L = end - begin
         c, s = cos[:L, None], sin[:L, None]
         own = qkv[begin:end]
         first, second = np.split(own[:, : 2 * H], 2, axis=-1)
         turned = np.concatenate((first * c - second * s, second * c + first * s), axis=-1)
-        sizes = np.concatenate([np.abs(first * c) + np.abs(second * s), np.abs(second * c) + np.abs(first * s)], axis=-1)
+        sizes = np.concatenate(
+            [np.abs(first * c) + np.abs(second * s), np.abs(second * c) + np.abs(first * s)], axis=-1
+        )
         scores = np.einsum("qhk,uhk->hqu", turned[:, :H], turned[:, H:]) / math.sqrt(K)
         size = np.einsum("qhk,uhk->hqu", sizes[:, :H], sizes[:, H:]) / math.sqrt(K)
         weights = np.exp(scores - scores.max(-1, keepdims=True)) if L else scores

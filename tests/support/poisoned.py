@@ -1,4 +1,4 @@
-"""Where Triton's kernels are tested, and memory that shows what was read or left out: NaN around and in every tensor."""
+"""Where Triton's kernels are tested, and memory that shows what was read or left out: NaN around and in all of it."""
 
 from __future__ import annotations
 
