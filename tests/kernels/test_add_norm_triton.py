@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from support.encoder_kernel_mutants import ADD_NORM_MUTANTS
-from support.poisoned import DEVICE, guarded, half_ulp, on_triton, poisoned_memory
+from support.poisoned import DEVICE, for_mutants, guarded, half_ulp, on_triton, poisoned_memory
 from support.source_mutants import load_mutant
 
 pytest.importorskip("triton")
@@ -119,6 +119,7 @@ def test_a_row_does_not_depend_on_others() -> None:
         assert not other[:4].isfinite().any()
 
 
+@for_mutants
 @pytest.mark.parametrize("name", ADD_NORM_MUTANTS)
 def test_mutants_are_caught(name: str, tmp_path: Path) -> None:
     mutant = load_mutant("kernels.gpu.add_norm", ADD_NORM_MUTANTS[name], tmp_path)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from support.encoder_kernel_mutants import GELU_MUTANTS
-from support.poisoned import DEVICE, guarded, half_ulp, on_triton, poisoned_memory
+from support.poisoned import DEVICE, for_mutants, guarded, half_ulp, on_triton, poisoned_memory
 from support.source_mutants import load_mutant
 
 pytest.importorskip("triton")
@@ -86,6 +86,7 @@ def test_nothing_in_nothing_out() -> None:
         assert module.bias_gelu(torch.zeros(shape), torch.zeros(shape[1])).shape == shape
 
 
+@for_mutants
 @pytest.mark.parametrize("name", GELU_MUTANTS)
 def test_mutants_are_caught(name: str, tmp_path: Path) -> None:
     mutant = load_mutant("kernels.gpu.gelu", GELU_MUTANTS[name], tmp_path)

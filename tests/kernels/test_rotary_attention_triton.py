@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from support.encoder_kernel_mutants import ROTARY_ATTENTION_MUTANTS
-from support.poisoned import DEVICE, INTERPRETED, guarded, half_ulp, on_triton, poisoned_memory
+from support.poisoned import DEVICE, INTERPRETED, for_mutants, guarded, half_ulp, on_triton, poisoned_memory
 from support.source_mutants import load_mutant
 
 pytest.importorskip("triton")
@@ -174,6 +174,7 @@ def test_heads_and_sequences_keep_their_places() -> None:
     assert torch.equal(got, torch.cat([right[place] for place in order])[:, heads])
 
 
+@for_mutants
 @pytest.mark.parametrize("name", ROTARY_ATTENTION_MUTANTS)
 def test_mutants_are_caught(name: str, tmp_path: Path) -> None:
     mutant = load_mutant("kernels.gpu.rotary_attention", ROTARY_ATTENTION_MUTANTS[name], tmp_path)

@@ -19,6 +19,9 @@ on_triton = [
     ),
 ]
 
+# A broken kernel may read where nothing is, which ends a GPU's process; and each would be compiled several times.
+for_mutants = pytest.mark.skipif(not INTERPRETED, reason="broken kernels run with TRITON_INTERPRET=1 only")
+
 
 def half_ulp(dtype: torch.dtype) -> float:
     """What one rounding to `dtype` may change, of the value. The interpreter cuts bf16 off, which is twice as much."""
