@@ -59,9 +59,13 @@ class Protnest:
         self.precision = precision
         # A copy: several precisions come from one encoder.
         self._encoder = copy.deepcopy(encoder).to(device=device, dtype=PRECISIONS[precision]).requires_grad_(False)
+        # Kept, as users keep theirs: an embedder captures graphs once, and remembers what fits into memory.
+        self._embedders: dict[int, Embedder] = {}
 
     def embed(self, sequences: Sequence[str], budget: int) -> Vectors:
-        vectors = Embedder(self._encoder, pool="mean", max_tokens=budget).embed(sequences)
+        if budget not in self._embedders:
+            self._embedders[budget] = Embedder(self._encoder, pool="mean", max_tokens=budget)
+        vectors = self._embedders[budget].embed(sequences)
         assert isinstance(vectors, np.ndarray)
         return vectors
 

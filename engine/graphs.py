@@ -162,7 +162,11 @@ class GraphedEncoder:
         self._graphs: dict[Bucket, _Graph] = {}
         self._met: set[Bucket] = set()
         self._pool: Any = None
+        self._weights_at = self._weights()
         self._given_up = False
+
+    def _weights(self) -> int:
+        return self.encoder.embed_tokens.weight.data_ptr()
 
     def __call__(self, batch: PackedBatch) -> EncoderOutput:
         """As the encoder's, without inner layers."""
@@ -187,6 +191,10 @@ class GraphedEncoder:
         bucket = bucket_of(batch.lengths_B)
         if bucket is None:
             return None
+        if self._weights_at != self._weights():
+            # `encoder.to(...)` has put other tensors in the place of those that the graphs read.
+            self._graphs.clear()
+            self._weights_at = self._weights()
         if bucket not in self._graphs:
             if bucket not in self._met or len(self._graphs) >= _MOST_GRAPHS:
                 self._met.add(bucket)

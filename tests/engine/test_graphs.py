@@ -188,6 +188,13 @@ def test_no_more_than_so_many_graphs(runner: GraphedEncoder, monkeypatch: pytest
     assert len(_Standin.made) == 2
 
 
+def test_an_encoder_that_has_moved_is_captured_anew(runner: GraphedEncoder) -> None:
+    _run(runner, "MKT")
+    runner.encoder.double()
+    _run(runner, "MKT")
+    assert len(_Standin.made) == 2
+
+
 def test_after_release_everything_is_eager(runner: GraphedEncoder) -> None:
     _run(runner, "MKT")
     runner.release()
