@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from ..kernels.hardware import why_not_triton
 from .alphabet import EOS_ID
@@ -38,7 +39,7 @@ MOST_TOKENS = 16384
 _FEWEST_TOKENS, _FEWEST_SEQUENCES, _SHORTEST = 256, 8, 128
 # Each holds its output; what lies between is shared.
 _MOST_GRAPHS = 32
-# Of a token's norm: rounding stays below it in every precision, another sequence's tokens do not.
+# Of a token's norm: rounding stays below it in every precision, tokens of another sequence do not.
 _MOST_ERROR = 0.1
 
 
@@ -108,22 +109,33 @@ def why_not_graphs(config: EncoderConfig, device: torch.device, *, wanted: bool 
     return why_not_triton(device)
 
 
+def pad_batch(batch: PackedBatch, bucket: Bucket) -> PackedBatch:
+    """The batch with sequences of `<eos>` behind it that fill the bucket, on the same device. Nothing waits.
+
+    Raises:
+        ValueError: the batch does not fit into the bucket.
+    """
+    device, lengths_B = batch.tokens_T.device, pad_lengths(batch.lengths_B, bucket)
+    extra = bucket.tokens - batch.tokens_T.shape[0]
+    return PackedBatch(
+        tokens_T=F.pad(batch.tokens_T, (0, extra), value=EOS_ID),
+        positions_T=torch.cat((batch.positions_T, torch.arange(extra, device=device) % bucket.longest)),
+        cu_seqlens=to_device(torch.from_numpy(np.cumsum((0, *lengths_B)).astype(np.int32)), device),
+        lengths_B=lengths_B,
+        index_B=np.arange(bucket.sequences, dtype=np.int64),
+    )
+
+
 class _Graph:
     """One captured pass, with the buffers that it reads and writes."""
 
     def __init__(self, encoder: Encoder, bucket: Bucket, pool: Any) -> None:
         device = encoder.device
-        self._bucket = bucket
-        self._places_T = torch.arange(bucket.tokens, device=device)
+        nothing = torch.zeros(0, dtype=torch.int32, device=device)
         # The host's lengths are such that launches are made for the longest sequence of the bucket.
-        self._static = PackedBatch(
-            tokens_T=torch.full((bucket.tokens,), EOS_ID, dtype=torch.int32, device=device),
-            positions_T=self._places_T % bucket.longest,
-            cu_seqlens=torch.zeros(bucket.sequences + 1, dtype=torch.int32, device=device),
-            lengths_B=pad_lengths((), bucket),
-            index_B=np.arange(bucket.sequences, dtype=np.int64),
+        self._static = pad_batch(
+            PackedBatch(nothing, nothing.long(), nothing, lengths_B=(), index_B=np.zeros(0, dtype=np.int64)), bucket
         )
-        self._static.cu_seqlens.copy_(_begins(self._static.lengths_B, device))
         # Compiling, cuBLAS's workspaces and tables that are kept must not happen while capturing.
         warm_up, stream = torch.cuda.Stream(device), torch.cuda.current_stream(device)  # type: ignore[no-untyped-call]
         warm_up.wait_stream(stream)
@@ -134,26 +146,21 @@ class _Graph:
         with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self._out_TD = encoder.stream(self._static)
 
-    def replay(self, batch: PackedBatch) -> torch.Tensor:
-        """The stream of the batch's tokens: a view of the buffer, which the next replay overwrites."""
-        T, static = batch.tokens_T.shape[0], self._static
-        static.tokens_T[:T].copy_(batch.tokens_T, non_blocking=True)
-        static.tokens_T[T:].fill_(EOS_ID)
-        static.positions_T[:T].copy_(batch.positions_T, non_blocking=True)
-        static.positions_T[T:].copy_(self._places_T[: self._bucket.tokens - T] % self._bucket.longest)
-        static.cu_seqlens.copy_(_begins(pad_lengths(batch.lengths_B, self._bucket), static.cu_seqlens.device))
+    def replay(self, padded: PackedBatch) -> torch.Tensor:
+        """The stream of a padded batch: the buffer itself, which the next replay overwrites."""
+        self._static.tokens_T.copy_(padded.tokens_T)
+        self._static.positions_T.copy_(padded.positions_T)
+        self._static.cu_seqlens.copy_(padded.cu_seqlens)
         self._graph.replay()
-        return self._out_TD[:T]
-
-
-def _begins(lengths_B: Sequence[int], device: torch.device) -> torch.Tensor:
-    return to_device(torch.from_numpy(np.cumsum((0, *lengths_B)).astype(np.int32)), device)
+        return self._out_TD
 
 
 class GraphedEncoder:
-    """An encoder that replays a graph where it has one for the batch's bucket, and runs eagerly elsewhere.
+    """An encoder that replays a graph where it has one for the batch's bucket.
 
-    Its results are overwritten by its next run: they are to be used up before.
+    Batches of up to `MOST_TOKENS` tokens run padded to their bucket also where there is no graph yet, or none any more:
+    so a batch's bits do not depend on what ran before it, and a resumed library has those of an uninterrupted one.
+    Results of `stream` are overwritten by the next run: they are to be used up before.
     """
 
     def __init__(self, encoder: Encoder) -> None:
@@ -170,55 +177,59 @@ class GraphedEncoder:
 
     def __call__(self, batch: PackedBatch) -> EncoderOutput:
         """As the encoder's, without inner layers."""
-        graph = self._find(batch)
-        if graph is None:
+        stream_TD = self._padded_stream(batch)
+        if stream_TD is None:
             return self.encoder(batch)  # type: ignore[no-any-return]
-        return EncoderOutput(self.encoder.final_norm(graph.replay(batch)))
+        return EncoderOutput(self.encoder.final_norm(stream_TD))
 
     def stream(self, batch: PackedBatch) -> torch.Tensor:
         """As the encoder's."""
-        graph = self._find(batch)
-        return self.encoder.stream(batch) if graph is None else graph.replay(batch)
+        stream_TD = self._padded_stream(batch)
+        return self.encoder.stream(batch) if stream_TD is None else stream_TD
 
     def release(self) -> None:
         """Lets go of all graphs and makes no more: their memory is needed."""
         self._graphs.clear()
         self._given_up = True
 
-    def _find(self, batch: PackedBatch) -> _Graph | None:
-        if self._given_up or torch.is_grad_enabled():
-            return None
-        bucket = bucket_of(batch.lengths_B)
+    def _padded_stream(self, batch: PackedBatch) -> torch.Tensor | None:
+        """The stream of the batch, run in its bucket; None where it has none, or gradients are wanted."""
+        bucket = None if torch.is_grad_enabled() else bucket_of(batch.lengths_B)
         if bucket is None:
             return None
+        padded = pad_batch(batch.to(self.encoder.device), bucket)
+        graph = self._find(bucket, padded)
+        stream_TD = self.encoder.stream(padded) if graph is None else graph.replay(padded)
+        return stream_TD[: batch.tokens_T.shape[0]]
+
+    def _find(self, bucket: Bucket, padded: PackedBatch) -> _Graph | None:
         if self._weights_at != self._weights():
             # `encoder.to(...)` has put other tensors in the place of those that the graphs read.
             self._graphs.clear()
             self._weights_at = self._weights()
         if bucket not in self._graphs:
-            if bucket not in self._met or len(self._graphs) >= _MOST_GRAPHS:
+            if self._given_up or bucket not in self._met or len(self._graphs) >= _MOST_GRAPHS:
                 self._met.add(bucket)
                 return None
-            problem = self._capture(bucket, batch.to(self.encoder.device))
+            problem = self._capture(bucket, padded)
             if problem is not None:
                 _logger.warning("%s runs without CUDA graphs: %s", self.encoder.name, problem)
                 self.release()
                 return None
         return self._graphs[bucket]
 
-    def _capture(self, bucket: Bucket, batch: PackedBatch) -> str | None:
+    def _capture(self, bucket: Bucket, padded: PackedBatch) -> str | None:
         """Makes a bucket's graph and holds it against the eager run; what went wrong, if anything did."""
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        right_TD = self.encoder.stream(batch)
+        right_TD = self.encoder.stream(padded)
         try:
             graph = _Graph(self.encoder, bucket, self._pool)
-            got_TD = graph.replay(batch)
+            got_TD = graph.replay(padded)
         # Torch has no narrower class for what cannot be captured. Whatever ails the device itself, the eager run meets.
         except RuntimeError as error:
             return str(error).partition("\n")[0]
-        error_T = (got_TD - right_TD).norm(dim=-1) / right_TD.norm(dim=-1)
-        worst = float(error_T.max())
+        worst = float(((got_TD - right_TD).norm(dim=-1) / right_TD.norm(dim=-1)).max())
         if not worst <= _MOST_ERROR:
             return f"a replay for {bucket} is {worst:.2g} of a token's norm away from the eager run"
         self._graphs[bucket] = graph

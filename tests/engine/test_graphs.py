@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from protnest.benchmarks.gpu_suite import mixed_batch
 from protnest.engine import Embedder, graphs
 from protnest.engine.config import PUBLISHED
 from protnest.engine.graphs import (
@@ -22,6 +23,7 @@ from protnest.engine.graphs import (
     GraphedEncoder,
     bucket_of,
     graphed,
+    pad_batch,
     pad_lengths,
     round_tokens,
     why_not_graphs,
@@ -92,6 +94,23 @@ def test_what_does_not_fit_is_refused(lengths: tuple[int, ...]) -> None:
         pad_lengths(lengths, Bucket(256, 8, 128))
 
 
+def test_a_padded_batch_gives_the_same_states() -> None:
+    """Masks, whose share scales a sequence's embedding, included; what pads it is finite."""
+    encoder, lengths = tiny_family()[0], (1, 2, 7, 33, 130, 60)
+    batch = mixed_batch(seed=2, lengths=lengths)
+    bucket = bucket_of(batch.lengths_B)
+    assert bucket is not None
+    padded = pad_batch(batch, bucket)
+    begins = padded.cu_seqlens.tolist()
+    assert padded.tokens_T.dtype == batch.tokens_T.dtype
+    assert padded.positions_T.tolist() == [place for length in padded.lengths_B for place in range(length)]
+    assert begins == [0, *itertools.accumulate(padded.lengths_B)]
+    right_TD, got_TD = encoder.stream(batch), encoder.stream(padded)
+    assert len(got_TD) == bucket.tokens
+    assert got_TD.isfinite().all()
+    torch.testing.assert_close(got_TD[: len(right_TD)], right_TD, rtol=1e-5, atol=1e-5)
+
+
 # When there are none
 
 
@@ -144,7 +163,7 @@ class _Standin:
         self._encoder = encoder
 
     def replay(self, batch: PackedBatch) -> torch.Tensor:
-        self.replays.append(len(batch.lengths_B))
+        self.replays.append(sum(length > 0 for length in batch.lengths_B))
         stream_TD: torch.Tensor = self._encoder.stream(batch)
         return stream_TD * self.off_by
 
@@ -167,12 +186,29 @@ def _run(runner: GraphedEncoder, *sequences: str) -> None:
 
 def test_a_bucket_is_captured_at_its_second_batch(runner: GraphedEncoder) -> None:
     _run(runner, "MKT", "MKTAY")
-    # Eager first, then captured, held against the eager run, and replayed.
-    assert (_Standin.made, _Standin.replays) == ([Bucket(256, 8, 128)], [2, 2])
+    # Eager first, then captured, held against the eager run, and replayed. Sequences that pad it are two.
+    assert (_Standin.made, _Standin.replays) == ([Bucket(256, 8, 128)], [4, 4])
     _run(runner, "MKTAYIAKQR")
-    assert (len(_Standin.made), _Standin.replays[2:]) == (1, [1, 1])
+    assert (len(_Standin.made), _Standin.replays[2:]) == (1, [3, 3])
     _run(runner, "M" * 300)
     assert _Standin.made[1:] == [Bucket(320, 8, 320)]
+
+
+def test_bits_do_not_depend_on_what_ran_before(runner: GraphedEncoder) -> None:
+    """First eager, then replayed, then eager again: always the bucket's shapes."""
+    batch, shapes, real = pack(["MKT", "MKTAY"]), [], runner.encoder.stream
+
+    def stream(given: PackedBatch) -> torch.Tensor:
+        shapes.append(len(given.tokens_T))
+        return real(given)
+
+    runner.encoder.stream = stream  # type: ignore[method-assign]
+    with torch.inference_mode():
+        first = runner.stream(batch).clone()
+        assert torch.equal(first, runner.stream(batch))
+        runner.release()
+        assert torch.equal(first, runner.stream(batch))
+    assert set(shapes) == {256}
 
 
 def test_gradients_run_eagerly(runner: GraphedEncoder) -> None:
