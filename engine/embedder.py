@@ -202,6 +202,9 @@ class Embedder:
         batches = list(enumerate(planned))
         for turn in turns:
             ran: list[tuple[int, list[Piece]]] = []
+            for level in turn if batches else ():
+                # Loaded out here: a model that does not fit is no batch that does not.
+                self._runner(level)
             for number, batch in batches:
                 parts = self._budget.run(Work(number, batch, list(turn)), run, divide)
                 ran += [(part.number, part.pieces) for part in parts]

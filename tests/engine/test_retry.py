@@ -131,6 +131,25 @@ def test_other_errors_are_not_caught() -> None:
         Embedder(FAMILY[0]).embed(["MKT", "MKV"])
 
 
+def test_a_model_that_does_not_fit_is_no_batch_that_does_not() -> None:
+    """It is let go of after it has been looked at, and cannot be loaded again."""
+    loads: list[int] = []
+
+    def load(place: int) -> Encoder:
+        loads.append(place)
+        if len(loads) > 3 and place == 1:
+            message = "CUDA out of memory. Tried"
+            raise torch.OutOfMemoryError(message)
+        return FAMILY[place]
+
+    embedder = Embedder(Family(load, 3, resident=False), chain=random_chain(FAMILY))
+    assert embedder.embed([]).shape == (0, WIDTHS[-1])
+    assert loads == [0, 1, 2]
+    with pytest.raises(torch.OutOfMemoryError):
+        embedder.embed(["MKT", "MKTA"])
+    assert loads == [0, 1, 2, 0, 1]
+
+
 # Parts
 
 
