@@ -21,6 +21,23 @@ _logger = logging.getLogger(__name__)
 _CLOSE = 0.9
 
 
+class DoesNotFit(InputError):
+    """A protein, or a window of one, that does not fit into memory alone.
+
+    Args:
+        row: which of the caller's proteins.
+        reason: what was tried where.
+
+    Attributes:
+        row, reason: as given.
+    """
+
+    def __init__(self, row: int, reason: str) -> None:
+        self.row = row
+        self.reason = reason
+        super().__init__(f"sequence {row}: {reason}")
+
+
 @dataclass(eq=False)
 class Work:
     """A batch on its way through the models that run it.
@@ -78,7 +95,7 @@ class MemoryBudget:
             cut: makes two of work that has more than one piece.
 
         Raises:
-            InputError: a piece does not fit alone.
+            DoesNotFit: a piece does not fit alone.
         """
         todo, done = [work], []
         while todo:
@@ -131,9 +148,9 @@ class MemoryBudget:
                     *(self._failed[level], self._device, tokens, tokens),
                 )
 
-    def _too_long(self, piece: Piece, problem: str) -> InputError:
-        message = (
-            f"sequence {piece.row}: a run of {piece.end - piece.begin} residues does not fit into the memory of "
+    def _too_long(self, piece: Piece, problem: str) -> DoesNotFit:
+        reason = (
+            f"a run of {piece.end - piece.begin} residues does not fit into the memory of "
             f"{self._device}, not even alone ({problem}); windows, a lower precision or a smaller model need less"
         )
-        return InputError(message)
+        return DoesNotFit(piece.row, reason)
