@@ -30,7 +30,7 @@ from rich.table import Table
 SHARED_LIMIT_BYTES = {"sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448, "sm_120": 101376}
 """Most shared memory of a block, opt-in (CUDA programming guide, technical specifications by compute capability)."""
 
-KERNEL_FILES = ("kd_loss", "nested_embed")
+KERNEL_FILES = ("add_norm", "gelu", "kd_loss", "nested_embed", "rotary_attention")
 """Files of `protnest.kernels.gpu` that have `launches()`."""
 
 

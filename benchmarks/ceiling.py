@@ -39,7 +39,9 @@ def forward_flops(config: EncoderConfig, lengths: Sequence[int]) -> int:
     return config.layers * (products + attention)
 
 
-def _best_seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
+def best_seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Seconds that `work` takes, done again and again until that can be timed; the best of `repeats` measurements."""
+
     def clock(times: int) -> float:
         synchronise(device)
         begin = time.perf_counter()
@@ -154,7 +156,7 @@ def product_gflops(
                 F.linear(x, weight, bias)
 
         with torch.inference_mode():
-            seconds = _best_seconds(products, device, repeats)
+            seconds = best_seconds(products, device, repeats)
         flops = sum(2 * M * into * out for into, out in shapes)
         best = max(best, flops / seconds / 1e9)
     return best
@@ -164,4 +166,4 @@ def copy_gbytes_per_s(device: torch.device, *, size_bytes: int = 1 << 28, repeat
     """Gigabytes a second, read plus written, of copying `size_bytes` from one buffer to another; best of `repeats`."""
     source = torch.randint(0, 256, (size_bytes,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * size_bytes / _best_seconds(lambda: target.copy_(source), device, repeats) / 1e9
+    return 2 * size_bytes / best_seconds(lambda: target.copy_(source), device, repeats) / 1e9

@@ -24,10 +24,11 @@ from typing import Any
 
 Section = Callable[[], list[dict[str, Any]]]
 
-_SECTIONS = ("tests", "parity", "kd", "throughput")
+_SECTIONS = ("tests", "parity", "kernels", "kd", "graphs", "throughput")
 # Left of the time for writing and for passes that cannot be cut short.
 _RESERVE_SECONDS = 30.0
-_TEST_SECONDS = 150.0
+# Some sixty kernels are compiled for them.
+_TEST_SECONDS = 200.0
 # Of a problem; checks and compiling come on top.
 _KD_SECONDS = 15.0
 
@@ -57,6 +58,7 @@ def run_guarded(name: str, section: Section) -> list[dict[str, Any]]:
 def _sections(options: argparse.Namespace, begin: float, device: Any) -> list[tuple[str, Section]]:
     """The sections that were asked for, in order; each is given its time when it starts."""
     from protnest.benchmarks.comparison import SHAPES
+    from protnest.benchmarks.encoder_kernels import graph_rows, kernel_rows
     from protnest.benchmarks.gpu_suite import (
         KD_PROBLEMS,
         SMALL_SHAPES,
@@ -68,6 +70,7 @@ def _sections(options: argparse.Namespace, begin: float, device: Any) -> list[tu
     )
     from protnest.benchmarks.kd_problems import Problem
     from protnest.benchmarks.rows import ROOT
+    from protnest.engine.graphs import WIDEST
 
     end: float = begin + 60 * options.minutes - _RESERVE_SECONDS
 
@@ -84,6 +87,14 @@ def _sections(options: argparse.Namespace, begin: float, device: Any) -> list[tu
     def compare_with_gold(shape: str) -> list[dict[str, Any]]:
         left()
         return parity_rows(shape, parity_shapes[shape], ("fp32", "bf16", "fp16"), device)
+
+    def measure_kernels(shape: str, precision: str) -> list[dict[str, Any]]:
+        left()
+        return kernel_rows(shape, SHAPES[shape], precision, device)
+
+    def compare_graphs(shape: str) -> list[dict[str, Any]]:
+        left()
+        return graph_rows(shape, SHAPES[shape], device)
 
     def compare_losses() -> list[dict[str, Any]]:
         left()
@@ -104,8 +115,15 @@ def _sections(options: argparse.Namespace, begin: float, device: Any) -> list[tu
         sections.append(("tests", test))
     if "parity" in options.sections:
         sections += [("parity", partial(compare_with_gold, shape)) for shape in parity_shapes]
+    if "kernels" in options.sections:
+        # fp32 once: it differs from one shape to the next in nothing but size.
+        pairs = [*((shape, "bf16") for shape in shapes), *((shape, "fp32") for shape in shapes[:1])]
+        sections += [("kernels", partial(measure_kernels, *pair)) for pair in pairs]
     if "kd" in options.sections:
         sections += [("kd", compare_losses), *(("kd", partial(measure_loss, problem)) for problem in KD_PROBLEMS)]
+    if "graphs" in options.sections:
+        small = [shape for shape in shapes if SHAPES[shape].width <= WIDEST]
+        sections += [("graphs", partial(compare_graphs, shape)) for shape in small]
     if "throughput" in options.sections:
         sections += [("throughput", partial(measure, index)) for index in range(len(shapes))]
     return sections
@@ -119,7 +137,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
     parser.add_argument("--out", type=Path, required=True, help="JSON file, replaced after each section")
     parser.add_argument("--sections", type=words, default=list(_SECTIONS), help=f"of {','.join(_SECTIONS)}")
-    parser.add_argument("--shapes", type=words, default=["8M", "35M", "150M", "650M"], help="for throughput")
+    parser.add_argument(
+        "--shapes", type=words, default=["8M", "35M", "150M", "650M"], help="for kernels, graphs and throughput"
+    )
     parser.add_argument("--minutes", type=float, default=8.5, help="after which nothing more begins")
     parser.add_argument("--commit", help="what to record where the checkout came without git")
     options = parser.parse_args(arguments)
@@ -179,6 +199,12 @@ def _summary(rows: Sequence[dict[str, Any]]) -> str:
     if "passed" in first:
         counts = ", ".join(f"{len(first[kind])} {kind}" for kind in ("failed", "broken", "skipped"))
         return f"{first['passed']} passed, {counts}"
+    if "kernel" in first:
+        return f"{first['shape']} {first['precision']}: " + "; ".join(_share(row) for row in rows)
+    if "graphs" in first:
+        return f"{first['shape']} {first['precision']}: " + "; ".join(
+            _gain(row) for row in rows if row["engine"] == "eager"
+        )
     if "residues_per_s_median" in first:
         return "; ".join(_rate(row) for row in rows)
     if "operation" in first:
@@ -192,6 +218,15 @@ def _rate(row: dict[str, Any]) -> str:
     text = f"{row['shape']} {row['engine']} {row['precision']} {row['residues_per_s_median']:,.0f} residues/s"
     faster = row["ours_times_faster_median"]
     return text if faster is None else f"{text}, ours {faster:.2f} times faster"
+
+
+def _share(row: dict[str, Any]) -> str:
+    text = f"{row['kernel']} {row['engine']} {row['ms']:.3f} ms, {row['percent_of_roofline']:.0f} % of roofline"
+    return text if row["ok"] else f"{text}, WRONG"
+
+
+def _gain(row: dict[str, Any]) -> str:
+    return f"{row['budget_tokens']} tokens {row['ours_times_faster_median']:.2f} times faster with graphs"
 
 
 def _loss_rate(row: dict[str, Any]) -> str:

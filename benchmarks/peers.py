@@ -88,9 +88,13 @@ class Protnest:
     def __init__(self, encoder: Encoder, *, precision: str, device: torch.device) -> None:
         self.precision = precision
         self.encoder = at_precision(encoder, precision, device)
+        # Kept, as users keep theirs: an embedder captures graphs once, and remembers what fits into memory.
+        self._embedders: dict[int, Embedder] = {}
 
     def embed(self, sequences: Sequence[str], budget: int) -> Vectors:
-        vectors = Embedder(self.encoder, pool="mean", max_tokens=budget).embed(sequences)
+        if budget not in self._embedders:
+            self._embedders[budget] = Embedder(self.encoder, pool="mean", max_tokens=budget)
+        vectors = self._embedders[budget].embed(sequences)
         assert isinstance(vectors, np.ndarray)
         return vectors
 

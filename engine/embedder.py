@@ -20,9 +20,11 @@ from .encoder import Encoder
 from .errors import InputError
 from .family import Family
 from .fasta import clean_sequence
+from .graphs import GraphedEncoder, Runner, graphed
 from .nesting import Gathering, Nesting, PlainRows, PooledNesting, ResidueNesting
 from .packing import pack, refuse_one_string
 from .pooling import check_pool
+from .retry import MemoryBudget, Work, half
 from .windows import Piece, check_policy, cut
 
 Vectors = npt.NDArray[np.float32]
@@ -46,7 +48,9 @@ class Embedder:
         long: what becomes of proteins beyond `max_residues`: "window", "full", "truncate" or "error"
             (see `protnest.engine.windows`).
         max_tokens: most tokens in a batch, `<cls>` and `<eos>` counted; a longer protein has a batch of its own.
-            By default 4,096 on a CPU and 65,536 on a GPU.
+            By default 4,096 on a CPU and 65,536 on a GPU. A batch that does not fit into a GPU's memory is cut in two.
+        cuda_graphs: on a GPU, replay small models' passes over small batches where that is possible and pays. The
+            environment variable PROTNEST_CUDA_GRAPHS=0 forbids it, too.
 
     Attributes:
         dims: widths at which the embedding may be cut and is a smaller model's; the last is its own width.
@@ -66,6 +70,7 @@ class Embedder:
         pool: str = "mean",
         long: str = "window",
         max_tokens: int | None = None,
+        cuda_graphs: bool = True,
     ) -> None:
         check_pool(pool)
         check_policy(long)
@@ -81,6 +86,9 @@ class Embedder:
         self.max_tokens = max_tokens
         self.chain = chain
         self._family = model
+        self._cuda_graphs = cuda_graphs
+        self._graphed: dict[int, Runner] = {}
+        self._budget = MemoryBudget(model.members[0].device, after_failure=self._release_graphs)
         self.members = model.members
         self._nesting: Nesting | None = None
         self.dims: tuple[int, ...] = (self.members[0].dim,)
@@ -132,14 +140,16 @@ class Embedder:
 
         Args:
             sequences: B strings; lower case, spaces and a final `*` are accepted.
-            after_batch: called with the number of residues that have just been run.
+            after_batch: called with the number of residues that have just been run, on a GPU those that it was asked
+                to run: it may be two batches behind.
 
         Returns:
             float32 (B, D), or with pool="residue" a list of B arrays float32 (L, D), in the order of `sequences`.
 
         Raises:
             TypeError: `sequences` is a plain string, or holds something else than strings.
-            InputError: a sequence is empty, holds a letter outside the alphabet, or is too long with long="error".
+            InputError: a sequence is empty, holds a letter outside the alphabet, is too long with long="error", or
+                does not fit into the GPU's memory even in a batch of its own.
         """
         refuse_one_string(sequences)
         cleaned: list[str] = []
@@ -167,21 +177,57 @@ class Embedder:
                 message = f"sequence {row}: {error.problem}"
                 raise InputError(message) from error
         gathered = self._gathering(len(sequences))
-        batches = list(self._plan(pieces))
+        planned = list(self._plan(pieces))
+        numbers = itertools.count(len(planned))
         levels = range(len(self.members))
+
+        def run(work: Work) -> None:
+            packed = pack([sequences[piece.row][piece.begin : piece.end] for piece in work.pieces]).to(self.device)
+            with torch.inference_mode():
+                while work.levels:
+                    level = work.levels[0]
+                    gathered.take(level, work.number, work.pieces, packed, self._runner(level))
+                    del work.levels[0]
+
+        def divide(work: Work) -> tuple[Work, Work]:
+            place = half(work.pieces)
+            first = Work(next(numbers), work.pieces[:place], list(work.levels))
+            second = Work(next(numbers), work.pieces[place:], list(work.levels))
+            gathered.divide(work.number, first.number, second.number, first.tokens)
+            return first, second
+
         # Resident models take turns on each batch; otherwise each runs all batches before the next one is loaded.
         together = self._family.resident
         turns = (levels,) if together else tuple((level,) for level in levels)
+        batches = list(enumerate(planned))
         for turn in turns:
-            for number, batch in enumerate(batches):
-                packed = pack([sequences[piece.row][piece.begin : piece.end] for piece in batch])
-                with torch.inference_mode():
-                    for level in turn:
-                        gathered.take(level, number, batch, packed, self._family[level])
+            ran: list[tuple[int, list[Piece]]] = []
+            for level in turn if batches else ():
+                # Loaded out here: a model that does not fit is no batch that does not.
+                self._runner(level)
+            for number, batch in batches:
+                parts = self._budget.run(Work(number, batch, list(turn)), run, divide)
+                ran += [(part.number, part.pieces) for part in parts]
                 if after_batch is not None and turn[-1] == levels[-1]:
                     after_batch(sum(piece.end - piece.begin for piece in batch))
+            # What did not fit as a whole goes on in its parts.
+            batches = ran
         with torch.inference_mode():
             return gathered.result()
+
+    def _runner(self, level: int) -> Runner:
+        """The model at a place. One that is let go of after its turn has no graphs, which would hold it."""
+        encoder = self._family[level]
+        if not self._family.resident:
+            return encoder
+        if level not in self._graphed:
+            self._graphed[level] = graphed(encoder, wanted=self._cuda_graphs)
+        return self._graphed[level]
+
+    def _release_graphs(self) -> None:
+        for runner in self._graphed.values():
+            if isinstance(runner, GraphedEncoder):
+                runner.release()
 
     def _gathering(self, proteins: int) -> Gathering:
         width = self.dims[-1]

@@ -221,6 +221,11 @@ class Encoder(nn.Module):
                 kept[depth] = x_TD.clone()
         return add_norm(x_TD, pending, None, dtype=x_TD.dtype)[0], kept
 
+    def tensors_at(self) -> tuple[int, int]:
+        """Where the weights and the rotary table lie in memory: what is captured with others is stale."""
+        table = self._table
+        return self.embed_tokens.weight.data_ptr(), 0 if table is None else table.cos_PJ.data_ptr()
+
     def _rotary_table(self, longest: int) -> RotaryTable:
         """Kept from batch to batch, as many places as the longest sequence so far needed."""
         accurate = torch.float64 if self.dtype == torch.float64 else torch.float32

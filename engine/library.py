@@ -24,6 +24,7 @@ import numpy.typing as npt
 from .embedder import Embedder, Vectors
 from .errors import InputError
 from .fasta import InvalidPolicy, Record, Reject, locate_records, read_fasta
+from .retry import DoesNotFit
 from .store import StoreWriter
 from .windows import residues_run
 
@@ -164,6 +165,11 @@ def _work(record: Record, embedder: Embedder) -> int:
 
 def _too_long(fasta: Path, record: Record, limit: int) -> InputError:
     message = f"{len(record.sequence)} residues, but the model was trained on at most {limit}; --long says what to do"
+    return _located(fasta, record, message)
+
+
+def _located(fasta: Path, record: Record, message: str) -> InputError:
+    """The error that names where in the file a record stands."""
     line = locate_records(fasta, [record.index]).get(record.index)
     return InputError(message, file=fasta, line=line, record=record.index + 1, record_id=record.id)
 
@@ -292,7 +298,10 @@ def _fill(
             jobs = options.shard[1]
             progress.start(survey.records // jobs, survey.work // jobs, done)
             started = True
-        vectors = embedder.embed_clean([record.sequence for record in shard], after_batch=progress.advance)
+        try:
+            vectors = embedder.embed_clean([record.sequence for record in shard], after_batch=progress.advance)
+        except DoesNotFit as error:
+            raise _located(fasta, shard[error.row], error.reason) from error
         flags = [_flags(record, embedder) for record in shard]
         arrays = _arrays(vectors, options.storage_dtype)
         _check_finite(fasta, shard, arrays["embeddings"])

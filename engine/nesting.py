@@ -20,8 +20,8 @@ import torch.nn.functional as F
 
 from ..kernels import nested_embed
 from .chain import Chain, Fold
-from .encoder import Encoder
 from .family import Member
+from .graphs import Runner
 from .packing import PackedBatch
 from .pooling import Floats, PooledRows, ResidueRows
 from .windows import Piece
@@ -30,8 +30,14 @@ from .windows import Piece
 class Gathering(Protocol):
     """Takes batches model by model, and gives all rows in the end."""
 
-    def take(self, level: int, number: int, pieces: Sequence[Piece], packed: PackedBatch, encoder: Encoder) -> None:
-        """Runs batch `number` through the model at `level`. Levels of one batch come in order."""
+    def take(self, level: int, number: int, pieces: Sequence[Piece], packed: PackedBatch, encoder: Runner) -> None:
+        """Runs batch `number` through the model at `level`. Levels of one batch come in order.
+
+        Where the device runs out of memory, nothing is kept of the attempt.
+        """
+
+    def divide(self, number: int, first: int, second: int, tokens: int) -> None:
+        """Batch `number` goes on as two: `first` has its first `tokens` tokens, `second` the others."""
 
     def result(self) -> Floats | list[Floats]:
         """float32 (B, W), or of each protein (L, W)."""
@@ -43,8 +49,11 @@ class PlainRows:
     def __init__(self, pool: str, proteins: int, width: int) -> None:
         self._rows = ResidueRows(width) if pool == "residue" else PooledRows(pool, proteins, width)
 
-    def take(self, level: int, number: int, pieces: Sequence[Piece], packed: PackedBatch, encoder: Encoder) -> None:
+    def take(self, level: int, number: int, pieces: Sequence[Piece], packed: PackedBatch, encoder: Runner) -> None:
         self._rows.add(pieces, packed, encoder(packed).hidden_TD)
+
+    def divide(self, number: int, first: int, second: int, tokens: int) -> None:
+        """Nothing is kept of a batch."""
 
     def result(self) -> Floats | list[Floats]:
         return self._rows.result()
@@ -103,13 +112,16 @@ class PooledNesting:
         self._width = width
         self._levels = [PooledRows(pool, proteins, width) for width in nesting.widths]
 
-    def take(self, level: int, number: int, pieces: Sequence[Piece], packed: PackedBatch, encoder: Encoder) -> None:
+    def take(self, level: int, number: int, pieces: Sequence[Piece], packed: PackedBatch, encoder: Runner) -> None:
         if level == 0:
             hidden_TD = encoder(packed).hidden_TD
         else:
             stream_TD = encoder.stream(packed)
             hidden_TD = F.layer_norm(stream_TD, stream_TD.shape[-1:], eps=encoder.config.layer_norm_eps)
         self._levels[level].add(pieces, packed, hidden_TD)
+
+    def divide(self, number: int, first: int, second: int, tokens: int) -> None:
+        """Nothing is kept of a batch but rows of its proteins."""
 
     def result(self) -> Floats:
         nesting, cpu = self._nesting, torch.device("cpu")
@@ -140,20 +152,29 @@ class ResidueNesting:
         self._folds = [fold.to(device, dtype) for fold in nesting.folds]
         self._device = device
 
-    def take(self, level: int, number: int, pieces: Sequence[Piece], packed: PackedBatch, encoder: Encoder) -> None:
+    def take(self, level: int, number: int, pieces: Sequence[Piece], packed: PackedBatch, encoder: Runner) -> None:
         nesting = self._nesting
         if level == 0:
             hidden_TD = encoder(packed).hidden_TD
             row_TW = hidden_TD.new_empty((len(hidden_TD), nesting.buffer_width(self._device)), dtype=torch.float32)
             row_TW[:, : nesting.widths[0]] = hidden_TD
         else:
-            row_TW = self._waiting.pop(number).to(self._device)
+            row_TW = self._waiting[number].to(self._device)
+            if self._resident and nesting.chain.is_naive:
+                # A naive stage writes over what it read; should memory end later on, it must be there to be read again.
+                row_TW = row_TW.clone()
             eps = encoder.config.layer_norm_eps
             nesting.append(row_TW, level, encoder.stream(packed), self._folds[level - 1], eps=eps)
         if level + 1 < len(nesting.widths):
             self._waiting[number] = row_TW if self._resident else row_TW.cpu()
         else:
             self._rows.add(pieces, packed, row_TW[:, : self._width])
+            self._waiting.pop(number, None)
+
+    def divide(self, number: int, first: int, second: int, tokens: int) -> None:
+        if number in self._waiting:
+            row_TW = self._waiting.pop(number)
+            self._waiting[first], self._waiting[second] = row_TW[:tokens], row_TW[tokens:]
 
     def result(self) -> Floats | list[Floats]:
         return self._rows.result()

@@ -14,6 +14,7 @@ import torch
 
 from ..kernels import tokenise
 from .alphabet import BOS_ID, EOS_ID, RESIDUE_TABLE
+from .transfer import to_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,12 +34,12 @@ class PackedBatch:
     index_B: npt.NDArray[np.int64]
 
     def to(self, device: torch.device) -> PackedBatch:
-        """The same batch with its tensors on `device`."""
+        """The same batch with its tensors on `device`; nothing waits for the copies."""
         if self.tokens_T.device == device:
             return self
         return PackedBatch(
-            tokens_T=self.tokens_T.to(device, non_blocking=True),
-            cu_seqlens=self.cu_seqlens.to(device, non_blocking=True),
+            tokens_T=to_device(self.tokens_T, device),
+            cu_seqlens=to_device(self.cu_seqlens, device),
             lengths_B=self.lengths_B,
             index_B=self.index_B,
         )

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from .packing import PackedBatch
+from .transfer import Arrivals, to_device
 from .windows import Piece
 
 Floats = npt.NDArray[np.float32]
@@ -79,25 +80,34 @@ class PooledRows:
         self._rows_BD = np.zeros((proteins, width), dtype=np.float32)
         # The maximum of a protein in windows is that of its blended residues, so these are gathered first.
         self._windowed = ResidueRows(width)
+        self._arrivals = Arrivals()
 
     def add(self, pieces: Sequence[Piece], packed: PackedBatch, hidden_TD: torch.Tensor) -> None:
-        """Takes in a batch: its pieces, in packed order, and their hidden states."""
-        cu_seqlens = packed.cu_seqlens.to(hidden_TD.device)
+        """Takes in a batch: its pieces, in packed order, and their hidden states.
+
+        Where the device runs out of memory, nothing has been taken in.
+        """
+        cu_seqlens = to_device(packed.cu_seqlens, hidden_TD.device)
         if self._pool == "mean":
-            weights_T = torch.from_numpy(_mean_weights(pieces)).to(hidden_TD.device)
-            sums_BD = pool_sum(hidden_TD, weights_T, cu_seqlens).cpu().numpy()
-            for piece, row_D in zip(pieces, sums_BD, strict=True):
-                self._rows_BD[piece.row] += row_D
-            return
-        pooled = pool_max(hidden_TD, cu_seqlens) if self._pool == "max" else pool_bos(hidden_TD, cu_seqlens)
-        for piece, row_D in zip(pieces, pooled.cpu().numpy(), strict=True):
-            if piece.begin == 0 and (self._pool == "bos" or piece.weights is None):
-                self._rows_BD[piece.row] = row_D
+            weights_T = to_device(torch.from_numpy(_mean_weights(pieces)), hidden_TD.device)
+            pooled = pool_sum(hidden_TD, weights_T, cu_seqlens)
+        else:
+            pooled = pool_max(hidden_TD, cu_seqlens) if self._pool == "max" else pool_bos(hidden_TD, cu_seqlens)
         if self._pool == "max" and any(piece.weights is not None for piece in pieces):
             self._windowed.add(pieces, packed, hidden_TD, only_windows=True)
+        self._arrivals.expect(pooled, lambda rows_BD: self._place(pieces, rows_BD))
+
+    def _place(self, pieces: Sequence[Piece], rows_BD: Floats) -> None:
+        for piece, row_D in zip(pieces, rows_BD, strict=True):
+            if self._pool == "mean":
+                self._rows_BD[piece.row] += row_D
+            elif piece.begin == 0 and (self._pool == "bos" or piece.weights is None):
+                self._rows_BD[piece.row] = row_D
 
     def result(self) -> Floats:
         """float32 (B, D)."""
+        self._arrivals.finish()
+        self._windowed.finish()
         for row, blended_LD in self._windowed.rows.items():
             self._rows_BD[row] = blended_LD.max(axis=0)
         return self._rows_BD
@@ -107,21 +117,33 @@ class ResidueRows:
     """Gathers one vector a residue, blending windows, from batches that come in any order.
 
     Attributes:
-        rows: float32 (L, D) of each protein seen so far.
+        rows: float32 (L, D) of each protein seen so far, all of them after `finish`.
     """
 
     def __init__(self, width: int) -> None:
         self.rows: dict[int, Floats] = {}
         self._width = width
+        self._arrivals = Arrivals()
 
     def add(
         self, pieces: Sequence[Piece], packed: PackedBatch, hidden_TD: torch.Tensor, *, only_windows: bool = False
     ) -> None:
-        """Takes in a batch: its pieces, in packed order, and their hidden states."""
-        hidden = hidden_TD.float().cpu().numpy()
+        """Takes in a batch: its pieces, in packed order, and their hidden states.
+
+        Where the device runs out of memory, nothing has been taken in.
+        """
+        self._arrivals.expect(
+            hidden_TD.float(), lambda rows_TD: self._place(pieces, packed.lengths_B, rows_TD, only_windows)
+        )
+
+    def finish(self) -> None:
+        """Waits for what has been taken in and is still on its way from the device."""
+        self._arrivals.finish()
+
+    def _place(self, pieces: Sequence[Piece], lengths_B: Sequence[int], rows_TD: Floats, only_windows: bool) -> None:
         first = 1
-        for piece, tokens in zip(pieces, packed.lengths_B, strict=True):
-            piece_LD = hidden[first : first + tokens - 2]
+        for piece, tokens in zip(pieces, lengths_B, strict=True):
+            piece_LD = rows_TD[first : first + tokens - 2]
             first += tokens
             if piece.weights is not None:
                 blended_LD = self.rows.setdefault(piece.row, np.zeros((piece.residues, self._width), dtype=np.float32))
@@ -131,4 +153,5 @@ class ResidueRows:
 
     def result(self) -> list[Floats]:
         """float32 (L, D) of each protein, in the order of the caller's numbers."""
+        self.finish()
         return [self.rows[row] for row in sorted(self.rows)]

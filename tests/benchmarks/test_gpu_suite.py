@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from protnest.benchmarks import gpu, gpu_suite
+from protnest.benchmarks import encoder_kernels, gpu, gpu_suite
 from protnest.benchmarks.gpu_suite import (
     MIXED_LENGTHS,
     kd_parity_rows,
@@ -172,12 +172,16 @@ def test_sections_go_on_after_one_failed(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(gpu_suite, "run_tests", broken)
     monkeypatch.setattr(gpu_suite, "parity_rows", broken)
     monkeypatch.setattr(gpu_suite, "kd_rows", broken)
+    monkeypatch.setattr(encoder_kernels, "kernel_rows", broken)
+    monkeypatch.setattr(encoder_kernels, "graph_rows", lambda *given: [{"shape": "8M", "ok": True}])
     monkeypatch.setattr(gpu_suite, "kd_parity_rows", lambda device: [{"shape": "kd_loss V=33", "ok": True}])
     monkeypatch.setattr(gpu_suite, "throughput_rows", lambda *given, **o: [row | {"ours_times_faster_median": None}])
     out = tmp_path / "gpu.json"
     assert gpu.main(["--out", str(out), "--shapes", "8M", "--commit", "abc"]) == 1
     document = json.loads(out.read_text())
     assert [row["section"] for row in document["rows"]].count("parity") == len(gpu_suite.SMALL_SHAPES) + 2
+    assert [row["ok"] for row in document["rows"] if row["section"] == "kernels"] == [False, False]
+    assert [row["ok"] for row in document["rows"] if row["section"] == "graphs"] == [True]
     losses = [row["ok"] for row in document["rows"] if row["section"] == "kd"]
     assert losses == [True, *[False] * len(gpu_suite.KD_PROBLEMS)]
     assert document["rows"][-1]["section"] == "throughput"
@@ -200,7 +204,7 @@ def test_wrong_usage_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "no 9M; allowed are 8M" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         gpu.main(["--out", out, "--sections", "test"])
-    assert "allowed are tests,parity,kd,throughput" in capsys.readouterr().err.replace(", ", ",")
+    assert "allowed are tests,parity,kernels,kd,graphs,throughput" in capsys.readouterr().err.replace(", ", ",")
 
 
 def test_shapes_cover_the_published_head_widths() -> None:

@@ -11,14 +11,17 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from protnest.engine import Embedder, InputError, embed_library, load_model, read_embeddings
+import torch
+from protnest.engine import Embedder, Encoder, InputError, embed_library, load_model, read_embeddings
 from protnest.engine.atomic import write_atomically
 from protnest.engine.fasta import read_fasta
 from protnest.engine.library import LibraryOptions, cut_shards, survey_library
+from protnest.engine.packing import PackedBatch
 from protnest.engine.store import SCHEMA_VERSION, StoreWriter
 
 from support.tiny import random_proteins, save_tiny_model, write_fasta
@@ -266,6 +269,21 @@ def test_long_error_names_the_record(tmp_path: Path, model: Path) -> None:
     embedder = Embedder(load_model(model, device="cpu", precision="fp32"), long="error")
     with pytest.raises(InputError, match=r"in\.fasta, line 3, record 2 \(protein1\): 61 residues.* at most 60"):
         embed_library(fasta, tmp_path / "out", embedder)
+
+
+def test_a_record_beyond_the_memory_is_named(tmp_path: Path, embedder: Embedder) -> None:
+    """In its place in the file, not in its shard."""
+    fasta = write_fasta(tmp_path / "in.fasta", ["MKT"] * 5 + ["M" * 40])
+    real = Encoder._run
+
+    def run(self: Encoder, batch: PackedBatch, layers: tuple[int, ...]) -> object:
+        if len(batch.tokens_T) > 41:
+            raise torch.OutOfMemoryError
+        return real(self, batch, layers)
+
+    where = r"in\.fasta, line 11, record 6 \(protein5\): a run of 40 residues does not fit into the memory of cpu"
+    with mock.patch.object(Encoder, "_run", run), pytest.raises(InputError, match=where):
+        embed_library(fasta, tmp_path / "out", embedder, LibraryOptions(shard_records=4))
 
 
 def test_shards_of_several_jobs_make_up_the_whole(tmp_path: Path, embedder: Embedder) -> None:
