@@ -100,7 +100,7 @@ def int8_gflops(config: EncoderConfig, device: torch.device, *, rows: Sequence[i
         flops = sum(2 * M * into * out for into, out in layer)
         for products in _int8_products(weights, M, device):
             with torch.inference_mode():
-                best = max(best, flops / _best_seconds(products, device, repeats) / 1e9)
+                best = max(best, flops / best_seconds(products, device, repeats) / 1e9)
     return best
 
 

@@ -23,6 +23,7 @@ from ..kernels.rotary import rotary_table
 from ..kernels.rotary_attention import RotaryTable, rotary_attention
 from .alphabet import MASK_ID, TOKENS
 from .config import EncoderConfig
+from .device import precision_name
 from .packing import PackedBatch, pack
 
 # Share of tokens that were masked in ESM-2's training: 15 % chosen, 80 % of these shown as <mask>.
@@ -71,6 +72,10 @@ class Linear(nn.Linear):
             return Product(F.linear(rows, weight_OI), bias_O)
         return Product(linear(rows, weight_OI, bias_O))
 
+    def refine(self, x_TD: torch.Tensor, given: Product, rows: torch.Tensor | Levels) -> torch.Tensor:
+        """Adds to the stream what rounding the inputs lost; only int8 products round theirs."""
+        return x_TD
+
     def _widen(self) -> torch.Tensor:
         """The weight in fp32; kept where it will not change, which costs memory and saves a pass in each batch."""
         weight_OI = self.weight
@@ -118,8 +123,9 @@ class Layer(nn.Module):
         attended_TD = rotary_attention(self.qkv.product(rows), table, batch.cu_seqlens, batch.lengths_B, self.heads)
         x_TD, rows = add_norm(x_TD, self.out.product(attended_TD), self.feedforward_norm.norm, dtype=self.fc1.takes)
         assert rows is not None
-        inner = bias_gelu(self.fc1.product(rows), dtype=self.fc2.takes, move=self.fc2.move)
-        return x_TD, self.fc2.product(inner)
+        inner = self.fc1.product(rows)
+        rows = bias_gelu(inner, dtype=self.fc2.takes, move=self.fc2.move)
+        return self.fc2.refine(x_TD, inner, rows), self.fc2.product(rows)
 
 
 class LanguageModelHead(nn.Module):
@@ -178,6 +184,20 @@ class Encoder(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.embed_tokens.weight.dtype
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """Of what the layers' products multiply: the weights' dtype, or int8."""
+        return self.dtype
+
+    @property
+    def precision(self) -> str:
+        """Name of the precision in which the products run.
+
+        Raises:
+            ValueError: fp64, which has none.
+        """
+        return precision_name(self.product_dtype)
 
     def forward(self, batch: PackedBatch, *, layers: Collection[int] = ()) -> EncoderOutput:
         """Hidden states of every token of the batch.

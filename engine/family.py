@@ -18,7 +18,7 @@ class Member:
 
     Attributes:
         name, fingerprint, config: as of `Encoder`.
-        device, dtype: where and in which precision it runs.
+        device, dtype: where it runs, and what its products multiply.
         norm_weight_D, norm_bias_D: the affine part of its final LayerNorm, on the CPU.
     """
 
@@ -42,7 +42,7 @@ def _member(encoder: Encoder) -> Member:
         fingerprint=encoder.fingerprint,
         config=encoder.config,
         device=encoder.device,
-        dtype=encoder.dtype,
+        dtype=encoder.product_dtype,
         norm_weight_D=encoder.final_norm.weight.detach().cpu(),
         norm_bias_D=encoder.final_norm.bias.detach().cpu(),
     )

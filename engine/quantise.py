@@ -21,7 +21,7 @@ mu, std and the usual scale are those of a fixed set of made-up proteins (`_cali
 model when it is quantised: they follow from the weights, never from what a run has seen. s is rounded to a power of
 two, so that folding it is exact.
 
-Shapes: B made-up proteins of L tokens, T = B L, D width, H heads, K head width, I inputs, O outputs of a product.
+Shapes: T tokens, D width, N rows, R wide ones, I inputs and O outputs of a product.
 """
 
 from __future__ import annotations
@@ -36,9 +36,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..kernels.quantised_linear import QuantisedWeight, dequantise, quantise_rows, quantise_weight, quantised_linear
-from ..kernels.rotary import apply_rotary, rotary_table
-from .device import INT8, precision_name
+from ..kernels.bias_gelu import Move, bias_gelu
+from ..kernels.product import Levels, Product, Scales
+from ..kernels.quantise_rows import quantise_rows
+from ..kernels.quantised_linear import QuantisedWeight, quantise_weight, quantised_linear
+from ..kernels.rotary_attention import RotaryTable, rotary_attention
 from .encoder import Encoder
 from .errors import InputError
 from .packing import PackedBatch, pack
@@ -66,30 +68,30 @@ _REFINED = 3.0
 
 
 class QuantisedLinear(nn.Module):
-    """A linear layer in int8: fp32 rows in, fp32 rows out.
+    """A product of a layer in int8; see `encoder.Linear`, whose place it takes.
 
     Attributes:
         values_OI, scale_O, sum_O: the weight, see `QuantisedWeight`; `weight` is the three together.
         bias_O: fp32 (O,).
-        multiplier_I, offset_I: fp32 (I,), or None: the input becomes `x * multiplier_I - offset_I` before it is
-            rounded. For all products but fc2 that is folded into what comes before.
+        times_I, minus_I: fp32 (I,), or None: the input becomes `x * times_I - minus_I` before it is rounded; `move` is
+            the two together. For all products but fc2 that is folded into what comes before.
         refine_above: rows whose scale is larger are rounded twice; infinity for all products but fc2.
     """
 
+    takes = torch.int8
     values_OI: torch.Tensor
     scale_O: torch.Tensor
     sum_O: torch.Tensor
     bias_O: torch.Tensor
-    multiplier_I: torch.Tensor | None
-    offset_I: torch.Tensor | None
+    times_I: torch.Tensor | None
+    minus_I: torch.Tensor | None
 
     def __init__(
         self,
         weight_OI: torch.Tensor,
         bias_O: torch.Tensor,
         *,
-        multiplier_I: torch.Tensor | None = None,
-        offset_I: torch.Tensor | None = None,
+        move: Move | None = None,
         refine_above: float = math.inf,
     ) -> None:
         super().__init__()
@@ -98,32 +100,51 @@ class QuantisedLinear(nn.Module):
         self.register_buffer("scale_O", weight.scale_O)
         self.register_buffer("sum_O", weight.sum_O)
         self.register_buffer("bias_O", bias_O.detach().float())
-        self.register_buffer("multiplier_I", None if multiplier_I is None else multiplier_I.detach().float())
-        self.register_buffer("offset_I", None if offset_I is None else offset_I.detach().float())
+        self.register_buffer("times_I", None if move is None else move.times_F.detach().float())
+        self.register_buffer("minus_I", None if move is None else move.minus_F.detach().float())
         self.refine_above = refine_above
 
     @property
     def weight(self) -> QuantisedWeight:
         return QuantisedWeight(self.values_OI, self.scale_O, self.sum_O)
 
-    def forward(self, x_NI: torch.Tensor) -> torch.Tensor:
-        if self.multiplier_I is not None and self.offset_I is not None:
-            x_NI = x_NI * self.multiplier_I - self.offset_I
-        q_NI, scale_N, shift_N = quantise_rows(x_NI)
-        weight = self.weight
-        y_NO = dequantise(quantised_linear(q_NI, weight), scale_N, shift_N, weight, self.bias_O)
-        wide_R = (scale_N > self.refine_above).nonzero()[:, 0]
-        if wide_R.numel():
-            rounded_RI = scale_N[wide_R, None] * q_NI[wide_R].float() + shift_N[wide_R, None]
-            q_RI, scale_R, shift_R = quantise_rows(x_NI[wide_R] - rounded_RI)
-            y_NO[wide_R] = dequantise(quantised_linear(q_RI, weight), scale_R, shift_R, weight, y_NO[wide_R])
-        return y_NO
+    @property
+    def move(self) -> Move | None:
+        return None if self.times_I is None or self.minus_I is None else Move(self.times_I, self.minus_I)
+
+    def product(self, rows: torch.Tensor | Levels) -> Product:
+        """The product of rows, which are rounded where they are not yet."""
+        return self._multiply(rows if isinstance(rows, Levels) else quantise_rows(rows), self.bias_O)
+
+    def refine(self, x_TD: torch.Tensor, given: Product, rows: torch.Tensor | Levels) -> torch.Tensor:
+        """Adds to the stream what the rounding of wide rows lost.
+
+        Args:
+            x_TD: the stream; it is written into.
+            given: the product before the GELU, whose `rows` these are.
+            rows: the levels that `product` takes.
+        """
+        assert isinstance(rows, Levels)
+        wide_R = (rows.scale_N > self.refine_above).nonzero()[:, 0]
+        if not wide_R.numel():
+            return x_TD
+        exact_RI = bias_gelu(given.rows(wide_R), dtype=torch.float32, move=self.move)
+        assert isinstance(exact_RI, torch.Tensor)
+        rounded_RI = Levels(*(part[wide_R] for part in rows)).numbers()
+        left = self._multiply(quantise_rows(exact_RI - rounded_RI), torch.zeros_like(self.bias_O))
+        return x_TD.index_add_(0, wide_R, left.numbers())
+
+    def _multiply(self, levels: Levels, bias_O: torch.Tensor) -> Product:
+        sums_NO = quantised_linear(levels.values_NI, self.weight)
+        return Product(sums_NO, bias_O, Scales(self.scale_O, self.sum_O, levels.scale_N, levels.shift_N))
 
 
 class QuantisedEncoder(Encoder):
     """An encoder made by `quantised`: int8 products, for inference on a CPU."""
 
-    precision = INT8
+    @property
+    def product_dtype(self) -> torch.dtype:
+        return torch.int8
 
     def train(self, mode: bool = True) -> QuantisedEncoder:
         if mode:
@@ -145,11 +166,6 @@ class QuantisedEncoder(Encoder):
         return self
 
 
-def precision_of(encoder: Encoder) -> str:
-    """Name of the precision in which an encoder's products run."""
-    return INT8 if isinstance(encoder, QuantisedEncoder) else precision_name(encoder.dtype)
-
-
 @torch.no_grad()
 def quantised(encoder: Encoder) -> QuantisedEncoder:
     """The same encoder with its products in int8; the given one is left as it is.
@@ -164,9 +180,7 @@ def quantised(encoder: Encoder) -> QuantisedEncoder:
         InputError: it is on another device, in another precision, or its weights are not finite.
     """
     if isinstance(encoder, QuantisedEncoder) or encoder.dtype != torch.float32 or encoder.device.type != "cpu":
-        message = (
-            f"{encoder.name} is {precision_of(encoder)} on {encoder.device}: int8 is made of an fp32 model on the CPU"
-        )
+        message = f"{encoder.name} is {encoder.precision} on {encoder.device}: int8 is made of an fp32 model on the CPU"
         raise InputError(message)
     with torch.device("meta"):
         result = QuantisedEncoder(
@@ -177,8 +191,9 @@ def quantised(encoder: Encoder) -> QuantisedEncoder:
     result.head = copy.deepcopy(encoder.head)
     batch = _calibration_batch()
     x_TD = encoder._embed(batch)
+    table = encoder._rotary_table(max(batch.lengths_B))
     for given, own in zip(encoder.layers, result.layers, strict=True):
-        inputs, x_TD = _run_layer(given, x_TD, batch)
+        inputs, x_TD = _run_layer(given, x_TD, batch, table)
         try:
             _fill_layer(own, given, inputs)
         except ValueError as error:
@@ -196,23 +211,17 @@ def _calibration_batch() -> PackedBatch:
     )
 
 
-def _run_layer(layer: Any, x_TD: torch.Tensor, batch: PackedBatch) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """One layer in plain fp32, on proteins of one length: the input of each product, and the layer's output."""
-    T, D = x_TD.shape
-    B, H = len(batch.lengths_B), layer.heads
+def _run_layer(
+    layer: Any, x_TD: torch.Tensor, batch: PackedBatch, table: RotaryTable
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """One layer in plain fp32: the input of each product, and the layer's output."""
     inputs = {"qkv": layer.attention_norm(x_TD)}
-    qkv_THK = F.linear(inputs["qkv"], layer.qkv.weight, layer.qkv.bias).view(T, 3 * H, D // H)
-    turn = rotary_table(batch.positions_T, D // H, x_TD.dtype)
-    qk_THK = apply_rotary(qkv_THK[:, : 2 * H], *turn)
-    q, k, v = (
-        part.reshape(B, T // B, H, D // H).transpose(1, 2)
-        for part in (qk_THK[:, :H], qk_THK[:, H:], qkv_THK[:, 2 * H :])
-    )
-    inputs["out"] = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(T, D)
-    x_TD = x_TD + F.linear(inputs["out"], layer.out.weight, layer.out.bias)
+    qkv_TC = layer.qkv(inputs["qkv"])
+    inputs["out"] = rotary_attention(qkv_TC, table, batch.cu_seqlens, batch.lengths_B, layer.heads)
+    x_TD = x_TD + layer.out(inputs["out"])
     inputs["fc1"] = layer.feedforward_norm(x_TD)
-    inputs["fc2"] = F.gelu(F.linear(inputs["fc1"], layer.fc1.weight, layer.fc1.bias))
-    return inputs, x_TD + F.linear(inputs["fc2"], layer.fc2.weight, layer.fc2.bias)
+    inputs["fc2"] = F.gelu(layer.fc1(inputs["fc1"]))
+    return inputs, x_TD + layer.fc2(inputs["fc2"])
 
 
 def _scales(weight_OI: torch.Tensor, std_I: torch.Tensor, migration: float) -> torch.Tensor:
@@ -241,15 +250,9 @@ def _fill_layer(own: Any, given: Any, inputs: dict[str, torch.Tensor]) -> None:
     own.feedforward_norm = _folded_norm(given.feedforward_norm, means["fc1"], scales["fc1"])
     for name in ("qkv", "out", "fc1"):
         setattr(own, name, QuantisedLinear(weights[name], biases[name]))
-    multiplier_I, offset_I = 1 / scales["fc2"], means["fc2"] / scales["fc2"]
-    _, scale_T, _ = quantise_rows(inputs["fc2"] * multiplier_I - offset_I)
-    own.fc2 = QuantisedLinear(
-        weights["fc2"],
-        biases["fc2"],
-        multiplier_I=multiplier_I,
-        offset_I=offset_I,
-        refine_above=_REFINED * scale_T.median().item(),
-    )
+    move = Move(1 / scales["fc2"], means["fc2"] / scales["fc2"])
+    usual = quantise_rows(inputs["fc2"] * move.times_F - move.minus_F).scale_N.median().item()
+    own.fc2 = QuantisedLinear(weights["fc2"], biases["fc2"], move=move, refine_above=_REFINED * usual)
 
 
 def _folded_norm(norm: nn.LayerNorm, mean_I: torch.Tensor, scale_I: torch.Tensor) -> nn.LayerNorm:

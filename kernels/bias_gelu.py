@@ -144,5 +144,6 @@ def bias_gelu(
     if chosen == "triton":
         from .gpu.gelu import bias_gelu as launch
 
+        assert product.bias_O is not None
         return launch(product.values_NO, product.bias_O)
     return bias_gelu_reference(product, move, dtype)

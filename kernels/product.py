@@ -24,6 +24,10 @@ class Levels(NamedTuple):
     scale_N: torch.Tensor
     shift_N: torch.Tensor
 
+    def numbers(self) -> torch.Tensor:
+        """What the levels stand for, fp32 (N, I)."""
+        return self.scale_N[:, None] * self.values_NI.float() + self.shift_N[:, None]
+
 
 class Scales(NamedTuple):
     """What turns an int8 product's sums into numbers: `scale_N (steps_O sum) + (shift_N sums_O + bias_O)`.
@@ -76,6 +80,13 @@ class Product(NamedTuple):
         """The product whose `tensors` these are."""
         values_NO, *rest = tensors
         return Product(values_NO, rest[0] if rest else None, Scales(*rest[1:]) if len(rest) > 1 else None)
+
+    def rows(self, index_R: torch.Tensor) -> Product:
+        """Some of its rows, by number."""
+        scales = self.scales
+        if scales is not None:
+            scales = scales._replace(scale_N=scales.scale_N[index_R], shift_N=scales.shift_N[index_R])
+        return self._replace(values_NO=self.values_NO[index_R], scales=scales)
 
     def requires_grad(self) -> bool:
         """Whether gradients are asked for."""

@@ -3,7 +3,7 @@
     x[n,i] ~ scale[n] q[n,i] + shift[n]                         (quantise_rows, asymmetric: no integer zero point)
     W[o,i] ~ ws[o] w[o,i]                                       (quantise_weight, symmetric)
     acc[n,o] = sum_i q[n,i] w[o,i]                              (quantised_linear, int32, exact)
-    y[n,o] = scale[n] (ws[o] acc[n,o]) + (shift[n] c[o] + b[o]),  c[o] = ws[o] sum_i w[o,i]            (dequantise)
+    y[n,o] = scale[n] (ws[o] acc[n,o]) + (shift[n] c[o] + b[o]),  c[o] = ws[o] sum_i w[o,i]           (Product.numbers)
 
 A row's q, acc and y depend on that row alone, bit for bit, whatever else is in the batch and whichever implementation
 runs. Whoever computes x' = (x - mu) / s beforehand and folds s and mu into W and b makes int8 good enough for a protein
@@ -32,10 +32,6 @@ _logger = logging.getLogger(__name__)
 LARGEST = 127
 """Of a weight's integers, in magnitude. An activation's run from -128 to 127."""
 
-_LEVELS = 255.0
-_LOWEST = -128
-# Below this a row counts as constant: 255 / range would leave fp32's range, and nothing in a model is so small.
-_SMALLEST_RANGE = 2.0**-100
 # 128 * 127 * 1,024 < 2^24: fp32 holds every partial sum exactly.
 _EXACT_INPUTS = 1024
 # 128 * 127 * 131,072 < 2^31.
@@ -80,46 +76,6 @@ def quantise_weight(weight_OI: torch.Tensor) -> QuantisedWeight:
     values_OI = (weight_OI / divisor_O[:, None]).round().clamp(-LARGEST, LARGEST).to(torch.int8)
     sum_O = (values_OI.sum(dim=1) * scale_O.double()).float()
     return QuantisedWeight(values_OI, scale_O, sum_O)
-
-
-def quantise_rows(x_NI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rounds each row to 256 levels between its smallest and its largest value.
-
-    With lo and hi of the row, in fp32 and every operation rounded by itself (no fused multiply-add):
-
-        range = hi - lo;  scale = range / 255;  inverse = 255 / range
-        q = round_half_even((x - lo) * inverse) - 128,  shift = lo + 128 * scale
-
-    so that lo becomes -128 and hi 127. A row whose range is below 2^-100 (constant, zeros, one input) has scale 0, q 0
-    and shift lo: a constant is exact. A row that holds NaN or infinity, or whose range overflows fp32, has scale and
-    shift NaN and q 0: its results are NaN, and no other row's.
-
-    Args:
-        x_NI: (N, I), floating; bf16 and fp16 are widened first.
-
-    Returns:
-        q_NI: int8 (N, I).
-        scale_N: fp32 (N,).
-        shift_N: fp32 (N,).
-
-    Raises:
-        ValueError: x has not two axes, no inputs or too many, or is not floating point.
-    """
-    if x_NI.dim() != 2 or not x_NI.is_floating_point():
-        message = f"x is {x_NI.dtype} {tuple(x_NI.shape)}, want floating point (N, I)"
-        raise ValueError(message)
-    _check_inputs("x", x_NI.shape[1])
-    x_NI = x_NI.float()
-    lo_N, hi_N = x_NI.aminmax(dim=1) if x_NI.shape[0] else (x_NI[:, 0], x_NI[:, 0])
-    range_N = hi_N - lo_N
-    finite_N = torch.isfinite(range_N)
-    spread_N = finite_N & (range_N >= _SMALLEST_RANGE)
-    divisor_N = torch.where(spread_N, range_N, 1.0)
-    steps_NI = ((x_NI - lo_N[:, None]) * (_LEVELS / divisor_N)[:, None]).round() + _LOWEST
-    q_NI = torch.where(spread_N[:, None], steps_NI, 0.0).to(torch.int8)
-    scale_N = torch.where(spread_N, divisor_N / _LEVELS, 0.0)
-    shift_N = torch.where(spread_N, lo_N + scale_N * -_LOWEST, lo_N)
-    return q_NI, scale_N.masked_fill(~finite_N, torch.nan), shift_N.masked_fill(~finite_N, torch.nan)
 
 
 def quantised_linear_reference(q_NI: torch.Tensor, values_OI: torch.Tensor) -> torch.Tensor:
@@ -204,30 +160,6 @@ def quantised_linear(q_NI: torch.Tensor, weight: QuantisedWeight, *, impl: str =
     if not q_NI.shape[0] or not values_OI.shape[0]:
         return torch.zeros(q_NI.shape[0], values_OI.shape[0], dtype=torch.int32)
     return _IMPLEMENTATIONS[impl](q_NI.contiguous(), values_OI)
-
-
-def dequantise(
-    acc_NO: torch.Tensor,
-    scale_N: torch.Tensor,
-    shift_N: torch.Tensor,
-    weight: QuantisedWeight,
-    bias_O: torch.Tensor,
-) -> torch.Tensor:
-    """What the integers stand for, with the bias added: `y` of the equations above.
-
-    The reference of what fused passes do: fp32, each operation rounded by itself, in the order of the equation.
-
-    Args:
-        acc_NO: int32 (N, O), of `quantised_linear`.
-        scale_N, shift_N: fp32 (N,), of `quantise_rows`.
-        weight: of `quantise_weight`.
-        bias_O: fp32 (O,), or (N, O), what each row's result is added to.
-
-    Returns:
-        fp32 (N, O).
-    """
-    shifts_NO = shift_N[:, None] * weight.sum_O + bias_O
-    return scale_N[:, None] * (weight.scale_O * acc_NO.float()) + shifts_NO
 
 
 def _check_inputs(name: str, inputs: int) -> None:

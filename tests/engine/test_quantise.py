@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from protnest.engine import Encoder, InputError, load_model, quantise
+from protnest.engine import Embedder, Encoder, InputError, load_model, quantise
 from protnest.engine.checkpoint import save_checkpoint
 from protnest.engine.packing import pack
-from protnest.engine.quantise import QuantisedEncoder, QuantisedLinear, precision_of, quantised
-from protnest.kernels.quantised_linear import quantise_rows
+from protnest.engine.quantise import QuantisedEncoder, QuantisedLinear, quantised
+from protnest.kernels.bias_gelu import Move, bias_gelu
+from protnest.kernels.product import Levels, Product
 from torch import nn
 
 from support.esm2_models import hostile_encoder
@@ -37,19 +38,23 @@ class _Unrounded(nn.Module):
         weight_OI: torch.Tensor,
         bias_O: torch.Tensor,
         *,
-        multiplier_I: torch.Tensor | None = None,
-        offset_I: torch.Tensor | None = None,
+        move: Move | None = None,
         refine_above: float = 0.0,
     ) -> None:
         super().__init__()
-        self.weight, self.bias = weight_OI, bias_O
-        self.multiplier_I, self.offset_I = multiplier_I, offset_I
+        self.weight, self.bias, self.move, self.takes = weight_OI, bias_O, move, torch.float32
 
-    def forward(self, x_NI: torch.Tensor) -> torch.Tensor:
-        x_NI = x_NI.double()
-        if self.multiplier_I is not None and self.offset_I is not None:
-            x_NI = x_NI * self.multiplier_I - self.offset_I
-        return F.linear(x_NI, self.weight.double(), self.bias.double()).float()
+    def product(self, rows: torch.Tensor) -> Product:
+        return Product(F.linear(rows.double(), self.weight.double(), self.bias.double()).float())
+
+    def refine(self, x_TD: torch.Tensor, given: Product, rows: torch.Tensor) -> torch.Tensor:
+        return x_TD
+
+
+def _through(product: QuantisedLinear, given_NI: torch.Tensor) -> torch.Tensor:
+    """What a layer's passes make of the rows before the GELU: moved, rounded, multiplied, wide rows rounded twice."""
+    rows = bias_gelu(Product(given_NI.clone()), dtype=torch.int8, move=product.move)
+    return product.refine(product.product(rows).numbers(), Product(given_NI.clone()), rows)
 
 
 def check_folding(ops: ModuleType) -> None:
@@ -65,17 +70,15 @@ def check_folding(ops: ModuleType) -> None:
 def check_rounding(ops: ModuleType) -> None:
     """Each output within half a step of each input times its weight, half a step of a step where rows are wide."""
     generator = torch.Generator().manual_seed(3)
-    x_NI = torch.randn(60, 40, generator=generator) + 0.5
-    x_NI[::7, 5] = 60.0
+    given_NI = torch.randn(60, 40, generator=generator) + 0.5
+    given_NI[::7, 5] = 60.0
     weight_OI = torch.randn(24, 40, generator=generator) * torch.logspace(-1, 1, 24)[:, None]
     bias_O = torch.randn(24, generator=generator) * 3
-    multiplier_I = torch.exp2(torch.randn(40, generator=generator).round().clamp(-1, 1))
-    multiplier_I[5] = 1.0
-    offset_I = torch.rand(40, generator=generator)
-    product = ops.QuantisedLinear(
-        weight_OI, bias_O, multiplier_I=multiplier_I, offset_I=offset_I, refine_above=50.0 / 255
-    )
-    moved_NI = x_NI.double() * multiplier_I - offset_I
+    times_I = torch.exp2(torch.randn(40, generator=generator).round().clamp(-1, 1))
+    times_I[5] = 1.0
+    minus_I = torch.rand(40, generator=generator)
+    product = ops.QuantisedLinear(weight_OI, bias_O, move=Move(times_I, minus_I), refine_above=50.0 / 255)
+    moved_NI = F.gelu(given_NI.double()) * times_I - minus_I
     wide_OI = product.values_OI.double() * product.scale_O.double()[:, None]
     gold_NO = moved_NI @ wide_OI.T + bias_O
     scale_N1 = (moved_NI.amax(1) - moved_NI.amin(1))[:, None] / 255
@@ -83,7 +86,7 @@ def check_rounding(ops: ModuleType) -> None:
     assert 0 < int(is_wide_N1.sum()) < 20
     steps_N1 = torch.where(is_wide_N1, scale_N1 / 254, scale_N1)
     fp32_NO = 8 * 2.0**-24 * (moved_NI.abs().amax(1)[:, None] * wide_OI.abs().sum(1) + bias_O.abs())
-    error_NO = (product(x_NI).double() - gold_NO).abs()
+    error_NO = (_through(product, given_NI).double() - gold_NO).abs()
     assert (error_NO <= 0.5 * steps_N1 * wide_OI.abs().sum(1) + fp32_NO).all()
     # Narrow rows are rounded once: a second rounding would leave next to nothing.
     assert (error_NO / scale_N1)[~is_wide_N1[:, 0]].max() > 0.1
@@ -130,8 +133,8 @@ def test_what_it_is(tiny: Encoder) -> None:
     tiny.fingerprint = "abc"
     ours = quantised(tiny)
     assert (ours.fingerprint, ours.name, ours.config, ours.dim) == ("abc", tiny.name, tiny.config, tiny.dim)
-    assert (precision_of(ours), precision_of(tiny), ours.precision) == ("int8", "fp32", "int8")
-    assert precision_of(copy.deepcopy(tiny).to(torch.bfloat16)) == "bf16"
+    assert (ours.precision, tiny.precision) == ("int8", "fp32")
+    assert copy.deepcopy(tiny).to(torch.bfloat16).precision == "bf16"
     assert not ours.training
     assert not any(parameter.requires_grad for parameter in ours.parameters())
     assert not any(tensor.is_meta for tensor in ours.state_dict().values())
@@ -141,7 +144,7 @@ def test_what_it_is(tiny: Encoder) -> None:
             product = getattr(layer, name)
             assert isinstance(product, QuantisedLinear)
             assert product.values_OI.dtype == torch.int8
-            assert (product.multiplier_I is not None) == (name == "fc2")
+            assert (product.move is not None) == (name == "fc2")
             assert np.isfinite(product.refine_above) == (name == "fc2")
     hidden_TD = ours(pack(["MKTAYIAK"])).hidden_TD
     assert hidden_TD.dtype == torch.float32
@@ -160,12 +163,12 @@ def test_the_same_bits_each_time(tiny: Encoder) -> None:
 def test_products_do_not_depend_on_the_batch(tiny: Encoder) -> None:
     """Narrow and wide rows alike have the same bits alone and together."""
     for name in ("qkv", "fc2"):
-        product = getattr(quantised(tiny).layers[0], name)
-        x_NI = torch.randn(50, product.values_OI.shape[1], generator=torch.Generator().manual_seed(1)) * 3
-        x_NI[::9, 2] = 90.0
-        whole_NO = product(x_NI)
+        product: Any = getattr(quantised(tiny).layers[0], name)
+        given_NI = torch.randn(50, product.values_OI.shape[1], generator=torch.Generator().manual_seed(1)) * 3
+        given_NI[::9, 2] = 90.0
+        whole_NO = _through(product, given_NI)
         for begin, end in ((0, 1), (7, 8), (9, 10), (3, 41)):
-            assert torch.equal(product(x_NI[begin:end]), whole_NO[begin:end])
+            assert torch.equal(_through(product, given_NI[begin:end]), whole_NO[begin:end])
 
 
 def test_a_protein_has_the_same_bits_alone_and_in_a_batch(tiny: Encoder) -> None:
@@ -175,11 +178,11 @@ def test_a_protein_has_the_same_bits_alone_and_in_a_batch(tiny: Encoder) -> None
 
 
 def test_a_row_that_is_not_finite_stays_one(tiny: Encoder) -> None:
-    product = quantised(tiny).layers[0].fc2
-    x_NI = torch.randn(4, product.values_OI.shape[1])
-    clean_NO = product(x_NI)
-    x_NI[1, 3] = torch.inf
-    y_NO = product(x_NI)
+    product: Any = quantised(tiny).layers[0].fc2
+    given_NI = torch.randn(4, product.values_OI.shape[1])
+    clean_NO = _through(product, given_NI)
+    given_NI[1, 3] = torch.inf
+    y_NO = _through(product, given_NI)
     assert y_NO[1].isnan().all()
     assert torch.equal(y_NO[[0, 2, 3]], clean_NO[[0, 2, 3]])
 
@@ -200,6 +203,7 @@ def test_load_model_in_int8(tmp_path: Path) -> None:
     folder = save_tiny_model(tmp_path / "tiny")
     ours, whole = load_model(folder, device="cpu", precision="int8"), load_model(folder, device="cpu", precision="fp32")
     assert isinstance(ours, QuantisedEncoder)
+    assert Embedder(ours).precision == "int8"
     assert ours.fingerprint == whole.fingerprint
     batch = pack(random_proteins(6))
     assert F.cosine_similarity(ours(batch).hidden_TD, whole(batch).hidden_TD, dim=1).median() > 0.99
@@ -253,12 +257,14 @@ def test_wide_rows_are_few_and_there_on_the_real_8m() -> None:
     ours = quantised(load_model(shared_path(REAL_8M), device="cpu", precision="fp32"))
     proteins = [protein for protein in shared_sequences(UNIPROT_500) if len(protein) <= 250][:10]
     rows, wide = 0, 0
-    for layer in ours.layers:
-        product: Any = layer.fc2
-        product.register_forward_pre_hook(lambda module, inputs: seen.append((module, inputs[0])))
-    seen: list[tuple[Any, torch.Tensor]] = []
-    ours.encode(proteins)
-    for module, x_NI in seen:
-        _, scale_N, _ = quantise_rows(x_NI * module.multiplier_I - module.offset_I)
-        rows, wide = rows + len(scale_N), wide + int((scale_N > module.refine_above).sum())
+    product_of = QuantisedLinear.product
+
+    def counted(module: QuantisedLinear, levels: torch.Tensor | Levels) -> Product:
+        nonlocal rows, wide
+        if module.move is not None and isinstance(levels, Levels):
+            rows, wide = rows + len(levels.scale_N), wide + int((levels.scale_N > module.refine_above).sum())
+        return product_of(module, levels)
+
+    with mock.patch.object(QuantisedLinear, "product", counted):
+        ours.encode(proteins)
     assert 0 < wide < 0.05 * rows, f"{wide} of {rows}"

@@ -12,11 +12,14 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from protnest.kernels import quantised_linear as _operation  # noqa: F401
+from protnest.kernels.product import Product, Scales
+from protnest.kernels.quantise_rows import quantise_rows
 
 from support.int8_mutants import KERNEL_MUTANTS
 from support.source_mutants import load_mutant
@@ -42,49 +45,13 @@ def _integers(rows: int, inputs: int, outputs: int) -> tuple[torch.Tensor, torch
     return q_NI, torch.randint(-127, 128, (outputs, inputs), generator=generator, dtype=torch.int8)
 
 
-def _weight(ops: ModuleType, values_OI: torch.Tensor) -> object:
+def _weight(ops: ModuleType, values_OI: torch.Tensor) -> Any:
     ones_O = torch.ones(values_OI.shape[0])
     return ops.QuantisedWeight(values_OI, ones_O, values_OI.sum(dim=1).float())
 
 
 def _impls() -> list[str]:
     return [impl for impl in IMPLS if impl != "int8" or TRUE.why_not_int8() is None]
-
-
-def check_rows(ops: ModuleType) -> None:
-    """Bit for bit what the docstring says, computed in NumPy; and every value within half a step."""
-    x_NI = _hostile(40, 321)
-    q_NI, scale_N, shift_N = ops.quantise_rows(x_NI)
-    x = x_NI.numpy()
-    lo, hi = x.min(axis=1), x.max(axis=1)
-    spread = hi > lo
-    width = np.where(spread, hi - lo, np.float32(1))
-    inverse = np.float32(255) / width
-    q = np.where(spread[:, None], np.rint((x - lo[:, None]) * inverse[:, None]) - 128, 0)
-    scale = np.where(spread, width / np.float32(255), 0).astype(np.float32)
-    shift = np.where(spread, lo + np.float32(128) * scale, lo)
-    np.testing.assert_array_equal(q_NI.numpy(), q.astype(np.int8))
-    np.testing.assert_array_equal(scale_N.numpy(), scale)
-    np.testing.assert_array_equal(shift_N.numpy(), shift)
-    error_NI = (scale_N[:, None].double() * q_NI + shift_N[:, None].double() - x_NI.double()).abs()
-    bound_N1 = 0.5 * scale_N[:, None].double() + 4 * 2.0**-24 * x_NI.abs().amax(1, keepdim=True)
-    assert (error_NI <= bound_N1).all()
-    assert bool((q_NI.amin(1) == -128)[spread].all())
-    assert bool((q_NI.amax(1) == 127)[spread].all())
-
-
-def check_odd_rows(ops: ModuleType) -> None:
-    """Constants are exact; what is not finite makes its own row NaN and no other."""
-    largest = torch.finfo(torch.float32).max
-    rows = [[0.0, 0.0], [-3.3, -3.3], [1e-39, 0.0], [1.0, 2.0], [torch.nan, 1.0], [torch.inf, 1.0], [-torch.inf, 0.0]]
-    rows += [[torch.inf, torch.inf], [largest, -largest]]
-    q_NI, scale_N, shift_N = ops.quantise_rows(torch.tensor(rows))
-    assert scale_N[:3].tolist() == [0.0, 0.0, 0.0]
-    assert shift_N[:3].tolist() == [0.0, np.float32(-3.3), 0.0]
-    assert q_NI[:4].tolist() == [[0, 0], [0, 0], [0, 0], [-128, 127]]
-    assert bool(scale_N[3:4].isfinite().all() and shift_N[3:4].isfinite().all())
-    assert bool(scale_N[4:].isnan().all() and shift_N[4:].isnan().all())
-    assert not q_NI[4:].any()
 
 
 def check_weight(ops: ModuleType) -> None:
@@ -121,8 +88,9 @@ def check_result(ops: ModuleType) -> None:
     """y within fp32 rounding of what its quantised operands stand for, in fp64."""
     x_NI, weight = _hostile(40, 1280), ops.quantise_weight(_hostile(33, 1280))
     bias_O = torch.linspace(-2, 3, 33)
-    q_NI, scale_N, shift_N = ops.quantise_rows(x_NI)
-    y_NO = ops.dequantise(ops.quantised_linear(q_NI, weight, impl="fp32"), scale_N, shift_N, weight, bias_O)
+    q_NI, scale_N, shift_N = quantise_rows(x_NI)
+    acc_NO = ops.quantised_linear(q_NI, weight, impl="fp32")
+    y_NO = Product(acc_NO, bias_O, Scales(weight.scale_O, weight.sum_O, scale_N, shift_N)).numbers()
     wide_OI = weight.values_OI.double() * weight.scale_O.double()[:, None]
     product_NO = scale_N.double()[:, None] * (q_NI.double() @ wide_OI.T)
     shifted_NO = shift_N.double()[:, None] * wide_OI.sum(1)
@@ -132,7 +100,7 @@ def check_result(ops: ModuleType) -> None:
     assert ((y_NO.double() - gold_NO).abs() <= bound_NO).all()
 
 
-CHECKS = (check_rows, check_odd_rows, check_weight, check_product, check_result)
+CHECKS = (check_weight, check_product, check_result)
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
@@ -160,9 +128,9 @@ def test_a_row_does_not_depend_on_its_neighbours(impl: str) -> None:
     x_NI, weight = _hostile(200, 320), TRUE.quantise_weight(_hostile(64, 320))
 
     def run(rows: torch.Tensor) -> torch.Tensor:
-        q_NI, scale_N, shift_N = TRUE.quantise_rows(rows)
+        q_NI, scale_N, shift_N = quantise_rows(rows)
         acc_NO = TRUE.quantised_linear(q_NI, weight, impl=impl)
-        return torch.as_tensor(TRUE.dequantise(acc_NO, scale_N, shift_N, weight, torch.ones(64)))
+        return Product(acc_NO, torch.ones(64), Scales(weight.scale_O, weight.sum_O, scale_N, shift_N)).numbers()
 
     whole = run(x_NI)
     for count in (1, 3, 17, 64):
@@ -173,21 +141,22 @@ def test_a_row_does_not_depend_on_its_neighbours(impl: str) -> None:
 @pytest.mark.parametrize("impl", ["auto", "fp32", "reference"])
 @pytest.mark.parametrize(("rows", "outputs"), [(0, 5), (4, 0), (0, 0)])
 def test_nothing(impl: str, rows: int, outputs: int) -> None:
-    q_NI, scale_N, shift_N = TRUE.quantise_rows(torch.empty(rows, 8))
+    q_NI, scale_N, shift_N = quantise_rows(torch.empty(rows, 8))
     weight = _weight(TRUE, torch.zeros(outputs, 8, dtype=torch.int8))
     acc_NO = TRUE.quantised_linear(q_NI, weight, impl=impl)
     assert acc_NO.shape == (rows, outputs)
     assert acc_NO.dtype == torch.int32
-    assert TRUE.dequantise(acc_NO, scale_N, shift_N, weight, torch.zeros(outputs)).shape == (rows, outputs)
+    scales = Scales(weight.scale_O, weight.sum_O, scale_N, shift_N)
+    assert Product(acc_NO, torch.zeros(outputs), scales).numbers().shape == (rows, outputs)
 
 
 def test_strided_rows_and_other_dtypes() -> None:
     x_NI = _hostile(9, 64)
-    for got, expected in zip(TRUE.quantise_rows(x_NI.t().contiguous().t()), TRUE.quantise_rows(x_NI), strict=True):
+    for got, expected in zip(quantise_rows(x_NI.t().contiguous().t()), quantise_rows(x_NI), strict=True):
         assert torch.equal(got, expected)
     for dtype in (torch.bfloat16, torch.float16):
         rounded = x_NI.to(dtype)
-        for got, expected in zip(TRUE.quantise_rows(rounded), TRUE.quantise_rows(rounded.float()), strict=True):
+        for got, expected in zip(quantise_rows(rounded), quantise_rows(rounded.float()), strict=True):
             assert torch.equal(got, expected)
     q_NI, values_OI = _integers(9, 64, 8)
     strided = q_NI.t().contiguous().t()
@@ -269,13 +238,6 @@ def test_errors() -> None:
         TRUE.quantised_linear(_q(2, 7), weight)
     with pytest.raises(ValueError, match="q is on meta"):
         TRUE.quantised_linear(_q(2, 8).to("meta"), weight)
-    with pytest.raises(ValueError, match=r"x is torch.int64 \(2, 3\), want floating point"):
-        TRUE.quantise_rows(torch.ones(2, 3, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"x is torch.float32 \(3,\)"):
-        TRUE.quantise_rows(torch.ones(3))
-    for inputs in (0, 131_073):
-        with pytest.raises(ValueError, match=f"x has {inputs} inputs; 1 to 131,072 are allowed"):
-            TRUE.quantise_rows(torch.ones(1, inputs))
     with pytest.raises(ValueError, match=r"weight is torch.float32 \(3,\)"):
         TRUE.quantise_weight(torch.ones(3))
     with pytest.raises(ValueError, match="weight row 1 is not finite"):
