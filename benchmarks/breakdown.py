@@ -36,7 +36,7 @@ STAGES = ("plan_pack", *(name for name, _ in _STAGES), "pooling", "rest")
 _BEFORE = ("pack", "plan_batches")
 # What the encoder calls that is a stage, by its own name for it; the profiler is told, as it is of modules whose name
 # ends in norm. Those that a version does not have are left out.
-_CALLED = {"apply_rotary": "rotary", "rotary_table": "rotary", "varlen_attention": "attention", "linear": "linear"}
+_CALLED = {"rotary_attention": "attention", "rotary_table": "rotary", "add_norm": "norm", "bias_gelu": "gelu"}
 
 
 def stage_of(operator: str) -> str | None:

@@ -15,7 +15,7 @@ from protnest.benchmarks.ceiling import copy_gbytes_per_s
 from protnest.benchmarks.comparison import SHAPES, Plan, contest
 from protnest.benchmarks.esm_cpp import ESM_CPP, VARIABLE, find_python, version
 from protnest.benchmarks.parity import ALLOWED
-from protnest.benchmarks.peers import INT8, PEER_MODULES, has_int8, is_installed
+from protnest.benchmarks.peers import INT8, PEER_MODULES, is_installed
 from protnest.benchmarks.proteins import UNIFORM_BATCH, UNIFORM_RESIDUES, Proteins, make_up_mix, sample_fasta
 from protnest.benchmarks.rows import ROOT, Row, machine_facts
 from protnest.kernels.hardware import multiplies_bf16
@@ -111,8 +111,8 @@ def survey(settings: EmbedSettings, console: Console) -> Field:
     if absent:
         console.print(f"[yellow]left out, not there: {', '.join(absent)}[/yellow]", highlight=False)
     precisions = list(settings.precisions)
-    if INT8 in precisions and not has_int8():
-        console.print("[yellow]left out: ours in int8, this version has none[/yellow]")
+    if INT8 in precisions and settings.device.type != "cpu":
+        console.print("[yellow]left out: ours in int8, which runs on a CPU alone[/yellow]")
         precisions.remove(INT8)
     if not precisions:
         message = "no precision of ours is left to measure"

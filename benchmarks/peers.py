@@ -29,6 +29,7 @@ from protnest.engine.alphabet import BOS_ID, EOS_ID, PAD_ID, RESIDUE_TABLE
 from protnest.engine.config import EncoderConfig, config_to_huggingface
 from protnest.engine.device import PRECISIONS, precision_name, resolve_precision
 from protnest.engine.packing import pack
+from protnest.engine.quantise import quantised
 from torch import nn
 
 Vectors = npt.NDArray[np.float32]
@@ -36,8 +37,6 @@ Vectors = npt.NDArray[np.float32]
 FAIR_ESM, TRANSFORMERS, PROTNEST = "fair-esm", "transformers", "protnest"
 PEER_MODULES = {FAIR_ESM: "esm", TRANSFORMERS: "transformers"}
 INT8 = "int8"
-# Where an encoder in memory is quantised; a package without it leaves int8 out.
-_QUANTISE_MODULE = "protnest.engine.quantise"
 # What fair-esm and transformers hold beyond the encoder that is compared, or compute by themselves.
 _NOT_COMPARED = ("contact_head.", "lm_head.", "rotary_embeddings.", "rot_emb.", "position_ids")
 
@@ -58,26 +57,16 @@ class Engine(Protocol):
         ...
 
 
-def has_int8() -> bool:
-    """Whether ours comes in int8 here."""
-    return importlib.util.find_spec(_QUANTISE_MODULE) is not None
-
-
 def at_precision(encoder: Encoder, precision: str, device: torch.device) -> Encoder:
-    """A copy of an fp32 encoder in another precision: the one place where a benchmark quantises ours.
+    """A copy of an fp32 encoder in another precision.
 
     Raises:
-        RuntimeError: int8 was asked for, and there is no `protnest.engine.quantise`.
+        InputError: int8 is wanted elsewhere than on a CPU.
     """
     own = copy.deepcopy(encoder)
     if precision == INT8:
-        if not has_int8():
-            message = f"ours has no int8 here: there is no {_QUANTISE_MODULE}"
-            raise RuntimeError(message)
-        own = importlib.import_module(_QUANTISE_MODULE).quantised(own).to(device)
-    else:
-        own = own.to(device=device, dtype=PRECISIONS[precision])
-    return own.requires_grad_(False)
+        return quantised(own.to(device))
+    return own.to(device=device, dtype=PRECISIONS[precision]).requires_grad_(False)
 
 
 class Protnest:

@@ -2,18 +2,19 @@
 
 Held while embedding:
 
-    bytes = fixed + weights + 1.25 T (8 D + e (2 F + 6 D) + 40)
+    bytes = fixed + weights + 1.25 T (8 D + rows + inner + 40)
 
-T tokens of a batch, D width, F feed-forward width, e bytes of an activation: 4 in fp32, 2 in bf16, fp16 and int8.
+T tokens of a batch, D width, F feed-forward width, e bytes of an activation: 4 in fp32, 2 in bf16 and fp16.
 
-* 8 D: the residual stream stays fp32, before and after a layer's attention.
-* 2 F: the feed-forward layer before and after its GELU. 6 D: queries, keys and values (3), turned queries and keys (2)
-  and attention's output (1), which live as long as their layer runs. Attention's L^2 scores are never held whole: the
-  kernels go through them in tiles.
-* 40: token ids, positions, rotary angles.
-* 1.25: what allocators keep beyond what is in use, since blocks of several sizes come and go; 1.3 was seen with
-  glibc (width 320, fp32, 16,160 tokens: 64 D bytes a token in use at the peak, 85 D resident).
-* weights: 4 bytes a parameter in fp32, 2 in bf16 and fp16; in int8 one for matrices of the layers, 2 for the rest.
+* 8 D: the residual stream stays fp32, and so does what the layer before left to be added to it.
+* rows: normalised rows, attention's output, the last product: 3 e D, with int8 levels 6 D.
+* inner: the feed-forward layer before its GELU and after, 2 e F. On a CPU fp32 results are written over the product,
+  e F; in int8 there are sums of 4 bytes and levels, 5 F. Queries, keys and values are gone by then. Attention's L^2
+  scores are never held whole: the kernels go through them in tiles.
+* 40: token ids, lengths, orders.
+* 1.25: what allocators keep beyond what is in use, since blocks of several sizes come and go (width 320, fp32, 16,160
+  tokens: 36 D bytes a token in use at the peak, 44 D resident).
+* weights: 4 bytes a parameter in fp32, 2 in bf16 and fp16; in int8 one for matrices of the layers, 4 for the rest.
 * fixed: 400 MB for Python and torch, on a GPU 700 MB for CUDA and its libraries.
 
 Not counted: results, which grow with the library and not with the batch; the checkpoint, which is read in fp32 before
@@ -23,7 +24,6 @@ what a pass takes, within 30 % or 100 MB.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import re
@@ -38,7 +38,7 @@ from .errors import InputError
 
 SPECIAL_TOKENS = 2
 """`<cls>` and `<eos>` of each protein."""
-_ACTIVATION_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 2}
+_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _FIXED_BYTES = {"cpu": 400_000_000, "cuda": 700_000_000}
 _BOOKKEEPING_BYTES = 40
 _ALLOCATOR = 1.25
@@ -109,15 +109,20 @@ def weights_bytes(config: EncoderConfig, precision: str) -> int:
     """Bytes of all weights."""
     if precision == "int8":
         matrices = layer_matrix_parameters(config)
-        return matrices + 2 * (parameters(config) - matrices)
-    return _ACTIVATION_BYTES[precision] * parameters(config)
+        return matrices + 4 * (parameters(config) - matrices)
+    return _BYTES[precision] * parameters(config)
 
 
-def token_bytes(config: EncoderConfig, precision: str) -> int:
-    """Bytes of a token of a batch at a layer's peak."""
+def token_bytes(config: EncoderConfig, precision: str, device: str) -> int:
+    """Bytes of a token of a batch at a layer's peak, on "cpu" or "cuda"."""
     D, F = config.width, config.feedforward
-    used = 8 * D + _ACTIVATION_BYTES[precision] * (2 * F + 6 * D) + _BOOKKEEPING_BYTES
-    return math.ceil(_ALLOCATOR * used)
+    if precision == "int8":
+        rows, inner = 6 * D, 5 * F
+    else:
+        each = _BYTES[precision]
+        over = precision == "fp32" and device == "cpu"
+        rows, inner = 3 * each * D, (1 if over else 2) * each * F
+    return math.ceil(_ALLOCATOR * (8 * D + rows + inner + _BOOKKEEPING_BYTES))
 
 
 def fit(name: str, config: EncoderConfig, precision: str, *, memory_bytes: int, device: str, residues: int) -> Fit:
@@ -131,7 +136,7 @@ def fit(name: str, config: EncoderConfig, precision: str, *, memory_bytes: int, 
         device: "cpu" or "cuda".
         residues: the length that `Fit.fits` speaks of.
     """
-    weights, each = weights_bytes(config, precision), token_bytes(config, precision)
+    weights, each = weights_bytes(config, precision), token_bytes(config, precision, device)
     tokens = max(0, memory_bytes - _FIXED_BYTES[device] - weights) // each
     return Fit(
         model=name,
@@ -169,9 +174,8 @@ def known_config(model: str) -> EncoderConfig:
 
 
 def precisions(device: str) -> tuple[str, ...]:
-    """Those that models run in on "cpu" or "cuda", in this version."""
-    quantises = importlib.util.find_spec("protnest.engine.quantise") is not None
-    return ("fp32", "bf16", *(["fp16"] if device == "cuda" else []), *(["int8"] if quantises else []))
+    """Those that models run in on "cpu" or "cuda"."""
+    return ("fp32", "bf16", "fp16" if device == "cuda" else "int8")
 
 
 def find_fits(
@@ -195,7 +199,7 @@ def find_fits(
         InputError: there is no such model.
         ValueError: there is no such precision or device.
     """
-    for what, value, allowed in (("precision", precision, _ACTIVATION_BYTES), ("device", device, _FIXED_BYTES)):
+    for what, value, allowed in (("precision", precision, (*_BYTES, "int8")), ("device", device, _FIXED_BYTES)):
         if value is not None and value not in allowed:
             message = f"{what} is {value!r}, expected one of {', '.join(allowed)}"
             raise ValueError(message)

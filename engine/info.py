@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import os
 import platform
 import resource
 import sys
@@ -13,8 +12,11 @@ from typing import Any
 import torch
 
 from ..kernels import extension
+from ..kernels.cpu_kernels import cpu_level
 from ..kernels.hardware import multiplies_bf16
+from ..kernels.quantised_linear import why_not_int8
 from .config import BUNDLED, PUBLISHED
+from .cpus import usable_cpus
 from .device import precision_name, resolve_device, resolve_precision
 
 _PACKAGES = ("protnest", "torch", "numpy", "safetensors", "pyarrow", "dnaio")
@@ -40,7 +42,7 @@ def describe() -> dict[str, dict[str, Any]]:
         "machine": {
             "processor": platform.processor() or platform.machine(),
             "vector instructions": torch.backends.cpu.get_cpu_capability(),
-            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "usable processors": usable_cpus(),
             "torch threads": torch.get_num_threads(),
         },
         "runs on": {
@@ -50,6 +52,7 @@ def describe() -> dict[str, dict[str, Any]]:
             "bf16": "in hardware"
             if multiplies_bf16(device)
             else "no units for it here: it runs in fp32 units and is no faster than fp32",
+            "int8": why_not_int8() or "in hardware",
         },
         "kernels": {
             "C++ extension": "loaded" if reason is None else f"absent, Python twins run instead: {reason}",
@@ -73,6 +76,8 @@ def _gpu() -> str:
 
 def _attention(device: torch.device) -> str:
     if device.type == "cpu":
+        if extension.missing_reason() is None:
+            return f"C++ with the rotary turn fused in, vectors of level {cpu_level()}"
         return "scaled_dot_product_attention per sequence"
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return "scaled_dot_product_attention per sequence: this torch lacks varlen attention"

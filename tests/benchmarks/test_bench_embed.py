@@ -63,17 +63,6 @@ def test_a_run_appends_rows_and_prints_a_table(run: Any) -> None:
     assert "fair-esm fp32" in output
 
 
-def test_int8_is_left_out_by_name_where_ours_has_none(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embed_suite, "has_int8", lambda: False)
-    code, output, rows = run("--precisions", "fp32,int8", "--peers", "none")
-    assert code == 0, output
-    assert "left out: ours in int8" in output
-    assert {row["precision"] for row in rows} == {"fp32"}
-    code, output, rows = run("--precisions", "int8", "--peers", "none")
-    assert code == 1
-    assert "no precision of ours is left" in output
-
-
 def test_quick_is_less_of_everything() -> None:
     given = embed_suite.EmbedSettings(shapes=("35M", "150M"), sequences=500, pairs=2, seed=7)
     quick = given.quick()

@@ -67,13 +67,13 @@ def _slow(real: Callable[..., Any], label: str | None = None) -> Callable[..., A
 @pytest.mark.parametrize(
     ("stage", "owner", "name", "label"),
     [
-        ("attention", encoder_file.F, "scaled_dot_product_attention", "test::attention"),
         ("norms", encoder_file.F, "layer_norm", "test::layer_norm"),
-        ("gelu", encoder_file.F, "gelu", "test::gelu"),
+        ("norms", encoder_file, "add_norm", None),
+        ("gelu", encoder_file, "bias_gelu", None),
         ("plan_pack", embedder_file, "pack", None),
         ("pooling", torch, "segment_reduce", None),
-        ("attention", encoder_file, "apply_rotary", None),
-        ("products", encoder_file, "linear", None),
+        ("attention", encoder_file, "rotary_attention", None),
+        ("products", encoder_file.F, "linear", "test::linear"),
         ("rest", encoder_file.F, "embedding", None),
     ],
 )

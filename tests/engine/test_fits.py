@@ -39,7 +39,7 @@ def test_prediction_is_what_a_pass_takes() -> None:
     memory = PeakMemory(torch.device("cpu"))
     embedder.embed(proteins)
     grown = memory.growth_bytes()
-    predicted = tokens * token_bytes(config, "fp32")
+    predicted = tokens * token_bytes(config, "fp32", "cpu")
     assert predicted > 2 * TOLERATED_BYTES, "the tolerance would allow anything"
     assert grown is not None
     assert abs(grown - predicted) <= max(TOLERATED_SHARE * predicted, TOLERATED_BYTES), (grown, predicted)
@@ -54,7 +54,7 @@ def test_what_is_left_of_the_memory_is_tokens() -> None:
     assert found.longest_residues == found.most_tokens - 2
     assert found.weights_bytes == 2 * parameters(config) == pytest.approx(1.3e9, rel=0.02)
     # Matrices are nearly all of a large model.
-    assert weights_bytes(config, "int8") == pytest.approx(0.5 * found.weights_bytes, rel=0.01)
+    assert weights_bytes(config, "int8") == pytest.approx(0.5 * found.weights_bytes, rel=0.02)
 
 
 def test_too_little_memory_holds_nothing() -> None:
