@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from protnest.benchmarks.peers import random_encoder
 from protnest.engine import encoder as encoder_file
 from protnest.engine.config import EncoderConfig
 from protnest.engine.packing import pack
-from protnest.kernels.varlen_attention import varlen_attention_reference
+from protnest.kernels.rotary_attention import rotary_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 CPU = torch.device("cpu")
@@ -21,7 +22,7 @@ CONFIG = EncoderConfig(layers=3, width=24, heads=3, feedforward=60)
 
 def test_flops_are_those_that_torch_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     # torch counts matrix products; the reference's attention is written in them.
-    monkeypatch.setattr(encoder_file, "varlen_attention", varlen_attention_reference)
+    monkeypatch.setattr(encoder_file, "rotary_attention", partial(rotary_attention, impl="reference"))
     sequences = ["MKTAYIAKQR", "M", "GSHMLEDPWVNCFY"]
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         random_encoder(CONFIG, seed=0)(pack(sequences))
