@@ -158,7 +158,10 @@ void rotary_attention(const py::array& qkv, const Floats& cos, const Floats& sin
                       std::int64_t heads, const py::tuple& dequantise, const std::string& level, bool pairs,
                       int threads, py::array& out) {
     const py::ssize_t tokens = qkv.shape(0), width = out.shape(1);
-    if (heads < 1 || width % (2 * heads) != 0) throw py::value_error("width must be heads times an even head width");
+    // The kernel reads four floats at a time from each half of a head.
+    if (heads < 1 || width % (2 * heads) != 0 || width / heads < 8) {
+        throw py::value_error("width must be heads times an even head width of at least 8");
+    }
     const py::ssize_t K = width / heads, itemsize = qkv.itemsize();
     if (itemsize != 2 && itemsize != 4) throw py::value_error("qkv must be fp32 or bf16");
     expect_block(qkv, tokens * 3 * width, itemsize), expect_block(out, tokens * width, itemsize);

@@ -152,7 +152,7 @@ def _(qkv_TC: torch.Tensor, *_: object) -> torch.Tensor:
     return qkv_TC.new_empty((qkv_TC.shape[0], qkv_TC.shape[1] // 3))
 
 
-def _why_not_cpu(qkv_TC: torch.Tensor, head_width: int) -> str | None:
+def _why_not_cpu(qkv_TC: torch.Tensor, head_width: int, dequantise: Dequantise | None) -> str | None:
     if load() is None:
         return missing_reason()
     if qkv_TC.device.type != "cpu":
@@ -161,7 +161,9 @@ def _why_not_cpu(qkv_TC: torch.Tensor, head_width: int) -> str | None:
         return f"dtype is {qkv_TC.dtype}, not fp32 or bf16"
     if head_width % 2 or head_width < _NARROWEST_HEAD:
         return f"the head width is {head_width}, not even and at least {_NARROWEST_HEAD}"
-    return _why_not_forward(qkv_TC)
+    if dequantise is not None and qkv_TC.dtype != torch.float32:
+        return f"int8 products are dequantised from fp32, not {qkv_TC.dtype}"
+    return _why_not_forward(qkv_TC, *(dequantise or ()))
 
 
 def _why_not_triton(qkv_TC: torch.Tensor, dequantise: Dequantise | None) -> str | None:
@@ -172,8 +174,9 @@ def _why_not_triton(qkv_TC: torch.Tensor, dequantise: Dequantise | None) -> str 
     return _why_not_forward(qkv_TC) or why_not_triton(qkv_TC.device)
 
 
-def _why_not_forward(qkv_TC: torch.Tensor) -> str | None:
-    return "gradients are asked for" if torch.is_grad_enabled() and qkv_TC.requires_grad else None
+def _why_not_forward(*tensors: torch.Tensor) -> str | None:
+    asked = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return "gradients are asked for" if asked else None
 
 
 def _choose(qkv_TC: torch.Tensor, head_width: int, dequantise: Dequantise | None, impl: str) -> str:
@@ -187,11 +190,14 @@ def _choose(qkv_TC: torch.Tensor, head_width: int, dequantise: Dequantise | None
             reason = "torch has varlen attention" if has_varlen else _why_not_triton(qkv_TC, dequantise)
             choice = "triton" if reason is None else "torch"
         else:
-            reason = _why_not_cpu(qkv_TC, head_width)
+            reason = _why_not_cpu(qkv_TC, head_width, dequantise)
             choice = "cpu" if reason is None else "torch"
         _log_choice(choice, reason)
         return choice
-    reasons = {"cpu": lambda: _why_not_cpu(qkv_TC, head_width), "triton": lambda: _why_not_triton(qkv_TC, dequantise)}
+    reasons = {
+        "cpu": lambda: _why_not_cpu(qkv_TC, head_width, dequantise),
+        "triton": lambda: _why_not_triton(qkv_TC, dequantise),
+    }
     if impl in reasons and (why_not := reasons[impl]()) is not None:
         message = f"impl={impl!r} cannot run here: {why_not}"
         raise RuntimeError(message)
