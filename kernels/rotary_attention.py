@@ -11,8 +11,9 @@ Implementations:
     torch      `apply_rotary`, then `varlen_attention`: differentiable, any device.
     cpu        csrc/rotary_attention.cpp: flash-style tiles in the first-level cache, softmax in fp32 lane by lane, for
                AVX-512, AVX2 and plain vectors, chosen when it runs; bf16 factors in pairs where the processor has units
-               for them. fp32 or bf16; head widths even, from 8 (a multiple of 8 wastes nothing). No gradients. A sequence's
-               result is the same bits whatever its neighbours and the number of threads.
+               for them. fp32 or bf16, int8 products from fp32; head widths even, from 8 (a multiple of 8 wastes
+               nothing). No gradients. A sequence's result is the same bits whatever its neighbours and the number of
+               threads.
     triton     kernels/gpu/rotary_attention.py, for GPUs on which torch has no varlen attention; no gradients.
 
 Shapes: T tokens, B sequences, H heads, K head width, C = 3 H K, P places of the table, J = K / 2.
