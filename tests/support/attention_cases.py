@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -163,7 +164,7 @@ def _attend(turned: Array, added: Array, v_LHK: Array, v_size_LHK: Array) -> lis
     """What `Gold` holds, of one sequence; `turned` and `added` are (L, 2, H, K)."""
     root = np.sqrt(turned.shape[-1])
 
-    def products(pair: Array) -> Array:
+    def products(pair: Array) -> Any:
         return pair[:, 0].transpose(1, 0, 2) @ pair[:, 1].transpose(1, 2, 0) / root
 
     scores, turned_sizes, added_sizes = products(turned), products(np.abs(turned)), products(added)
