@@ -412,7 +412,8 @@ def _ones(T: int, C: int, dtype: torch.dtype = torch.float32) -> Dequantise:
 
 
 def _with_ones(given: dict[str, Any]) -> dict[str, Any]:
-    return given | {"dequantise": _ones(*given["qkv_TC"].shape, given["qkv_TC"].dtype)}
+    T, C = given["qkv_TC"].shape
+    return given | {"dequantise": _ones(T, C, given["qkv_TC"].dtype)}
 
 
 def _bias_wants_gradients(given: dict[str, Any]) -> dict[str, Any]:
