@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 #include "level.hpp"
 
@@ -45,7 +46,7 @@ struct Lanes {
 
     // 2^x for x <= 0, by a polynomial of degree 5 (relative error 1.6e-7) or 3 (7.5e-5, a fiftieth of an ulp of bf16).
     // Never below 2^-100, since products with less could be subnormal, which costs a hundredfold and changes no sum.
-    // NaN stays NaN.
+    // NaN stays NaN where its lowest nine bits are zero, see Quad::plain_nan.
     template <int Degree>
     static PROTNEST_INLINE Float exp2(Float x) {
         static_assert(Degree == 3 || Degree == 5, "there are two polynomials");
@@ -97,6 +98,11 @@ struct Quad {
     // bf16 of `low` in the lower half of each lane, of `high` in the upper one.
     static PROTNEST_INLINE Int join_bf16(Float low, Float high) {
         return reinterpret_cast<Int>((round_bf16(low) >> 16) | (round_bf16(high) & 0xffff0000u));
+    }
+
+    // NaN may carry any bits; exp2 would take the lowest of them for an exponent and make a number of it.
+    static PROTNEST_INLINE Float plain_nan(Float value) {
+        return value == value ? value : Lanes<4>::all(std::numeric_limits<float>::quiet_NaN());
     }
 
     static PROTNEST_INLINE void transpose(Float (&rows)[4]) {

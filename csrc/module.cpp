@@ -247,8 +247,9 @@ void rotary_attention(const py::tuple& qkv, const Floats& cos, const Floats& sin
                       std::int64_t heads, const std::string& level, bool pairs, int threads, py::array& out) {
     if (out.ndim() != 2) throw py::value_error("out must have two dimensions");
     const py::ssize_t tokens = out.shape(0), width = out.shape(1);
+    // The kernel reads four floats at a time from each half of a head.
     if (heads < 1 || width % (2 * heads) != 0 || width / heads < 8) {
-        throw py::value_error("width must be heads times an even head width of 8 or more");
+        throw py::value_error("width must be heads times an even head width of at least 8");
     }
     const py::ssize_t K = width / heads;
     const protnest::Product product = product_of(qkv, tokens, 3 * width);

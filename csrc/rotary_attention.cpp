@@ -162,8 +162,8 @@ PROTNEST_INLINE void turn(const Row& row, std::int64_t column, const float* cos_
     for (std::int64_t j = 0; j < J; j = next_quad(j, J)) {
         const Quad::Float first = row.read(column + j), second = row.read(column + J + j);
         const Quad::Float c = Lanes<4>::load(cos_J + j) * factor, s = Lanes<4>::load(sin_J + j) * factor;
-        Lanes<4>::store(out + j, first * c - second * s);
-        Lanes<4>::store(out + J + j, second * c + first * s);
+        Lanes<4>::store(out + j, Quad::plain_nan(first * c - second * s));
+        Lanes<4>::store(out + J + j, Quad::plain_nan(second * c + first * s));
     }
 }
 
@@ -372,7 +372,8 @@ PROTNEST_INLINE void attend_block(std::int64_t length, std::int64_t K, const typ
                               scratch.scores.data() + key * V * W, most);
         }
         for (int v = 0; v < V; ++v) {
-            rescale[v] = first == 0 ? L::all(0.0f) : L::template exp2<A::kDegree>(before[v] - most[v]);
+            // Degree 3 would take 7e-5 from all tiles before at each one, and a long sequence's first keys fade.
+            rescale[v] = first == 0 ? L::all(0.0f) : L::template exp2<5>(before[v] - most[v]);
             total[v] *= rescale[v];
         }
         weigh<A, V>(scratch.scores.data(), keys, most, total);
@@ -466,7 +467,7 @@ void run(const AttentionInput& input, Attend<A> attend_one, int threads, void* o
     const std::int64_t parts = (input.heads + heads - 1) / heads, items = input.sequences * parts;
     if (items == 0) return;
 #if defined(_OPENMP)
-#pragma omp parallel num_threads(static_cast<int>(std::min<std::int64_t>(threads, items)))
+#pragma omp parallel num_threads(static_cast<int>(std::clamp<std::int64_t>(threads, 1, items)))
 #endif
     {
         Scratch<A> scratch;
