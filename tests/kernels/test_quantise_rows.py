@@ -148,7 +148,7 @@ def test_what_edges_become(impl: str) -> None:
 @each_impl
 @each_shape
 def test_levels_stand_for_the_numbers(shape: tuple[int, int], impl: str) -> None:
-    """Half a step, and rounding: 128 steps times scale's and 255 times the steps' three, of u32 each, and shift's two."""
+    """Half a step, and rounding: of scale 128 times, of the steps three times 255, of shift twice; u32 each."""
     x_NI = hostile_rows(*shape).double()
     levels = _levels(hostile_rows(*shape), impl)
     scale_N1, shift_N1 = levels.scale_N[:, None].double(), levels.shift_N[:, None].double()

@@ -1,4 +1,4 @@
-"""Rows for the passes between matrix products: hostile ones, what they should become in fp64, and how far off they may be.
+"""Rows for the passes between matrix products: hostile ones, what they should become in fp64, how far off they may be.
 
 Shapes: N rows, C columns.
 """
@@ -109,7 +109,7 @@ def hostile_rows(N: int, C: int, *, seed: int = 0) -> torch.Tensor:
 
 
 def make_product(kind: str, N: int, C: int, guards: Guards) -> Product:
-    """A product of hostile numbers; its bias differs from column to column, the scales of its integers from row to row."""
+    """A product of hostile numbers; bias and steps differ from column to column, scale and shift from row to row."""
     generator = torch.Generator().manual_seed(N + 1000 * C)
     plain_NC = hostile_rows(N, C, seed=1)
     bias_C = torch.randn(C, generator=generator) + 0.2
