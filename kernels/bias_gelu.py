@@ -7,7 +7,7 @@ Implementations:
     reference  torch's operations: differentiable, any device and dtype.
     cpu        csrc/row_passes.cpp: one pass over memory; also adds the bias that the product left, turns its integers
                into numbers, and rounds the outcome to int8 levels. fp32 results are written over the product's
-               values. The error function is good to 1.5e-7.
+               values. Off by 3 eps32 |x| at most; torch's own by as much.
     triton     kernels/gpu/gelu.py.
 
 Shapes: N rows, F columns.
