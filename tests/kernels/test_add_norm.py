@@ -6,7 +6,9 @@ Shapes: T tokens, D width.
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,7 +19,9 @@ from protnest.kernels.cpu_kernels import cpu_level, empty_target, module
 from protnest.kernels.product import Levels, Product, Scales
 
 from support.row_cases import (
+    CPU_LEVELS,
     KINDS,
+    SHAPES,
     Gold,
     each_cpu_impl,
     each_impl,
@@ -33,6 +37,8 @@ from support.row_cases import (
     needs_extension,
     running,
 )
+from support.row_mutants import ADD_NORM_MUTANTS
+from support.source_mutants import load_cpp_mutant
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int8]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES)
@@ -443,3 +449,25 @@ def test_the_search_for_failures_can_fail() -> None:
     for broken in ([1.6, torch.nan, torch.inf], [torch.nan, torch.nan, torch.inf], [1.0, 2.0, torch.inf]):
         assert find_failure(torch.tensor([broken]), gold) is not None
     assert find_failure(torch.tensor([[1.0, torch.nan, 3.0]]), gold) is not None
+
+
+def _is_caught() -> bool:
+    kinds = ["", *KINDS]
+    try:
+        return any(
+            find_add_norm_failure(f"cpu {level}", kind, hostile_rows(*shape)) is not None
+            for level in CPU_LEVELS
+            for shape in SHAPES
+            for kind in kinds
+        )
+    except AssertionError:  # the guards'
+        return True
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ADD_NORM_MUTANTS)
+def test_cpp_mutants_are_caught(name: str, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
+    mutant = load_cpp_mutant("row_passes", *ADD_NORM_MUTANTS[name], tmp_path_factory.getbasetemp(), tmp_path)
+    assert not _is_caught()
+    with mock.patch("protnest.kernels.cpu_kernels.load", return_value=mutant):
+        assert _is_caught(), f"nothing notices: {name}"

@@ -6,7 +6,9 @@ Shapes: N rows, F columns.
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,8 +19,10 @@ from protnest.kernels.cpu_kernels import cpu_level, module
 from protnest.kernels.product import Levels, Product, Scales
 
 from support.row_cases import (
+    CPU_LEVELS,
     GELU_ERRORS,
     KINDS,
+    SHAPES,
     U32,
     Gold,
     each_cpu_impl,
@@ -36,6 +40,8 @@ from support.row_cases import (
     needs_extension,
     running,
 )
+from support.row_mutants import BIAS_GELU_MUTANTS
+from support.source_mutants import load_cpp_mutant
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int8]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES)
@@ -79,12 +85,16 @@ def test_gelu_over_a_dense_range(impl: str) -> None:
     assert find_gelu_failure(impl) is None
 
 
-@each_cpu_impl
-def test_the_tail_keeps_its_digits(impl: str) -> None:
+def find_tail_failure(impl: str) -> str | None:
     """The bound by |x| sees nothing below -6, where Phi is 1e-9; the series is good to two digits there."""
     x_1F = torch.linspace(-9, -3, 10_001)[None]
     gold_1F = gelu_fp64(x_1F.double())
-    assert find_failure(_gelu(x_1F, impl), Gold(gold_1F, 0.02 * gold_1F.abs())) is None
+    return find_failure(_gelu(x_1F, impl), Gold(gold_1F, 0.02 * gold_1F.abs()))
+
+
+@each_cpu_impl
+def test_the_tail_keeps_its_digits(impl: str) -> None:
+    assert find_tail_failure(impl) is None
 
 
 @each_impl
@@ -121,11 +131,18 @@ def test_nan_and_infinity_are_their_own(impl: str) -> None:
     assert torch.equal(after_NF, before_NF)
 
 
-@each_cpu_impl
-@pytest.mark.parametrize("bits", [0x7FC00001, 0x7FFFFFFF, 0x7F800001, 0xFFC00155])
-def test_nan_of_any_bits(bits: int, impl: str) -> None:
+def _keeps_nan(impl: str, bits: int) -> bool:
     x_NF = torch.from_numpy(np.full((2, 19), bits, np.uint32).view(np.float32))
-    assert _gelu(x_NF, impl).isnan().all()
+    with running(impl) as name:
+        narrow_NF = bias_gelu(Product(x_NF.clone()), dtype=torch.bfloat16, impl=name)
+    assert isinstance(narrow_NF, torch.Tensor)
+    return bool(_gelu(x_NF, impl).isnan().all() and narrow_NF.isnan().all())
+
+
+@each_impl
+@pytest.mark.parametrize("bits", [0x7FC00001, 0x7FFFFFFF, 0x7F800001, 0xFFC00155, 0xFFFFFFFF])
+def test_nan_of_any_bits(bits: int, impl: str) -> None:
+    assert _keeps_nan(impl, bits)
 
 
 @each_impl
@@ -211,16 +228,23 @@ def test_rows_are_their_own(kind: str, dtype: torch.dtype, moves: bool, impl: st
     assert run(slice(0, 30)) == run(slice(9, 12)) == run(slice(5, 12))
 
 
+def _counts_threads(impl: str, kind: str, dtype: torch.dtype) -> bool:
+    outs = []
+    for threads in (1, 2, 3):
+        with (
+            guarded() as guards,
+            running(impl) as name,
+            mock.patch.object(torch, "get_num_threads", return_value=threads),
+        ):
+            outs.append(_bytes(bias_gelu(make_product(kind, 301, 480, guards), dtype=dtype, impl=name)))
+    return not outs[0] == outs[1] == outs[2]
+
+
 @each_cpu_impl
 @each_dtype
 @each_kind
-def test_threads_do_not_show(kind: str, dtype: torch.dtype, impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    outs = []
-    for threads in (1, 2, 3):
-        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        with guarded() as guards, running(impl) as name:
-            outs.append(_bytes(bias_gelu(make_product(kind, 301, 480, guards), dtype=dtype, impl=name)))
-    assert outs[0] == outs[1] == outs[2]
+def test_threads_do_not_show(kind: str, dtype: torch.dtype, impl: str) -> None:
+    assert not _counts_threads(impl, kind, dtype)
 
 
 # Gradients
@@ -430,3 +454,32 @@ def test_the_bound_kills_broken_gelus(name: str) -> None:
     }.get(name, F.gelu(x_NF))
     sign = 1 if name == "minus added" else -1
     assert find_failure(broken_NF * move.times_F + sign * move.minus_F, gold) is not None
+
+
+def _is_caught() -> bool:
+    impls = [f"cpu {level}" for level in CPU_LEVELS]
+    finders = (find_gelu_failure, find_tail_failure)
+    try:
+        return (
+            any(find(impl) is not None for find in finders for impl in impls)
+            or any(not _keeps_nan(impl, 0x7FFFFFFF) for impl in impls)
+            or any(
+                find_bias_gelu_failure(impl, kind, shape, moves) is not None
+                for impl in impls
+                for shape in SHAPES
+                for kind in KINDS
+                for moves in (False, True)
+            )
+            or any(_counts_threads(impl, "fp32", torch.float32) for impl in impls)
+        )
+    except AssertionError:  # the guards'
+        return True
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BIAS_GELU_MUTANTS)
+def test_cpp_mutants_are_caught(name: str, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
+    mutant = load_cpp_mutant("row_passes", *BIAS_GELU_MUTANTS[name], tmp_path_factory.getbasetemp(), tmp_path)
+    assert not _is_caught()
+    with mock.patch("protnest.kernels.cpu_kernels.load", return_value=mutant):
+        assert _is_caught(), f"nothing notices: {name}"

@@ -9,14 +9,10 @@ Shapes: N rows, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import itertools
 import logging
 import os
-import shutil
-import subprocess
 import sys
-import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +26,7 @@ from protnest.kernels.kd_rows import entropy_weights, segment_of_rows
 
 from support.kd_cases import IGNORED, Case, find_failure, find_gold, make_case
 from support.kd_mutants import CHUNKED_MUTANTS, CPP_MUTANTS, ROWS_MUTANTS, TRITON_MUTANTS
-from support.source_mutants import load_mutant
+from support.source_mutants import load_cpp_mutant, load_mutant
 
 module = sys.modules["protnest.kernels.kd_loss"]  # the file: the package's name is the function's
 
@@ -179,39 +175,11 @@ def test_triton_mutants_are_caught(name: str, tmp_path: Path) -> None:
         assert _is_caught("triton"), f"nothing notices: {name}"
 
 
-@pytest.fixture(scope="session")
-def objects(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The extension's other files, compiled once."""
-    if shutil.which("g++") is None or load() is None:
-        pytest.skip("no compiler here")
-    pybind11 = pytest.importorskip("pybind11")
-    folder = tmp_path_factory.mktemp("objects")
-    headers = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"), CSRC)]
-    made = []
-    for name in ("module", "plan_batches", "tokenise"):
-        made.append(folder / f"{name}.o")
-        command = ["g++", "-std=c++17", "-O0", "-fPIC", "-c", *headers, CSRC / f"{name}.cpp", "-o", made[-1]]
-        subprocess.run(command, check=True)
-    return made
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CPP_MUTANTS)
-def test_cpp_mutants_are_caught(name: str, objects: list[Path], tmp_path: Path) -> None:
-    source = (CSRC / "kd_loss.cpp").read_text(encoding="utf-8")
-    for old, new in CPP_MUTANTS[name].items():
-        assert old in source, f"kd_loss.cpp has no {old!r} any more: the mutant is out of date"
-        source = source.replace(old, new)
-    (tmp_path / "kd_loss.cpp").write_text(source, encoding="utf-8")
-    library = tmp_path / "_C.so"
-    options = ["-Wno-unused", "-std=c++17", "-O2", "-fPIC", "-fopenmp-simd", "-shared", f"-I{CSRC}"]
-    subprocess.run(["g++", *options, tmp_path / "kd_loss.cpp", *objects, "-o", library], check=True)
-    # A name of its own: pybind11 gives the same module for the same name.
-    spec = importlib.util.spec_from_file_location(f"{tmp_path.name}._C", library)
-    assert spec is not None
-    assert spec.loader is not None
-    mutant = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(mutant)
+def test_cpp_mutants_are_caught(name: str, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
+    rest = tmp_path_factory.getbasetemp()
+    mutant = load_cpp_mutant("kd_loss", "kd_loss.cpp", CPP_MUTANTS[name], rest, tmp_path)
     with mock.patch("protnest.kernels.kd_cpu.load", return_value=mutant):
         assert _is_caught("cpu") or _is_blind_to_nan(), f"nothing notices: {name}"
 
