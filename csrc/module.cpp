@@ -196,6 +196,7 @@ protnest::Target target_of(const py::tuple& parts, py::ssize_t N, py::ssize_t C)
         case 1: break;
         default: throw py::value_error("a target is fp32, bf16 or int8");
     }
+    if (C < 1) throw py::value_error("levels need at least one column");
     py::array scale = parts[1], shift = parts[2];
     expect_block(scale, N, sizeof(float)), expect_block(shift, N, sizeof(float));
     return {protnest::Taken::levels, values.mutable_data(), static_cast<float*>(scale.mutable_data()),
@@ -236,7 +237,7 @@ void quantise_rows(const Floats& x, const py::tuple& target, const std::string& 
     const py::ssize_t N = x.shape(0), C = x.shape(1);
     expect_block(x, N * C, sizeof(float));
     const protnest::Target to = target_of(target, N, C);
-    if (to.taken != protnest::Taken::levels || C < 1) throw py::value_error("levels of at least one column");
+    if (to.taken != protnest::Taken::levels) throw py::value_error("the target must be levels");
     const protnest::Level chosen = protnest::level_named(level);
     const float* data = x.data();
     const py::gil_scoped_release release;

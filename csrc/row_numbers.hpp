@@ -175,10 +175,11 @@ struct RowIO {
         const float inverse = 255.0f / range;
         for (c = 0; c < C; c += W) {
             // Rows have room for whole vectors; what lies beyond is not stored.
-            // 1.5 * 2^23 rounds to a whole number in the lowest bits, of which (x - low) / range * 255 has at most 256.
+            // 1.5 * 2^23 rounds to a whole number in the lowest bits: at most 255, since inverse and product are each off
+            // by a part in 2^24 at most.
             const Float scaled = rounded((L::load(row + c) - low) * inverse) + (12582912.0f - 128.0f);
             const Int levels = L::bits(scaled) - 0x4b400000;
-            store(to + c, Types::to_bytes(reinterpret_cast<Unsigned>(levels > 127 ? Int{} + 127 : levels)), C - c);
+            store(to + c, Types::to_bytes(reinterpret_cast<Unsigned>(levels)), C - c);
         }
     }
 

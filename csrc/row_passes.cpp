@@ -23,7 +23,8 @@ struct AddNorm {
         using L = Lanes<W>;
         using Float = typename L::Float;
         const bool adds = product.values != nullptr;
-        const float pad = static_cast<float>((C + W - 1) / W * W - C), count = static_cast<float>(C);
+        const std::int64_t padded_C = (C + W - 1) / W * W;
+        const float count = static_cast<float>(C);
         for (std::int64_t n = begin; n < end; ++n) {
             float* x_C = x_NC + n * C;
             Float total{};
@@ -38,13 +39,15 @@ struct AddNorm {
             }
             if (weight.empty()) continue;
             const float mean = IO::sum(total) / count;
+            // Lanes beyond the row are as far from the mean as nothing is. To take their squares off the sum afterwards
+            // would cancel: at a mean of 1,000 times the spread little would be left of the variance.
+            for (std::int64_t c = C; c < padded_C; ++c) row[c] = mean;
             Float squares{};
             for (std::int64_t c = 0; c < C; c += W) {
                 const Float off = L::load(row + c) - mean;
                 squares += off * off;
             }
-            // Lanes beyond the row hold zeros, each of which has added the mean's square.
-            const float variance = (IO::sum(squares) - pad * mean * mean) / count;
+            const float variance = IO::sum(squares) / count;
             const float scale = 1.0f / std::sqrt(variance + eps);
             for (std::int64_t c = 0; c < C; c += W) {
                 const Float off = (L::load(row + c) - mean) * scale;

@@ -52,45 +52,41 @@ def add_norm_reference(
     return x_TD, quantise_rows_reference(out_TD) if dtype == torch.int8 else out_TD.to(dtype)
 
 
-@torch.library.custom_op("protnest::add_norm", mutates_args={"x_TD"})
+# The caller makes the target: torch.compile takes no operator that writes into its arguments and returns a list.
+@torch.library.custom_op("protnest::add_norm", mutates_args={"x_TD", "target"})
 def _add_norm(
     x_TD: torch.Tensor,
+    target: Sequence[torch.Tensor],
     product: Sequence[torch.Tensor],
     weight_D: Optional[torch.Tensor],  # noqa: UP045  torch 2.11 reads schemas from these annotations, and knows no `|`
     bias_D: Optional[torch.Tensor],  # noqa: UP045
     eps: float,
-    dtype: torch.dtype,
     level: str,
-) -> list[torch.Tensor]:
+) -> None:
     added = product_arrays(Product.of(list(product))) if product else None
-    target = [] if weight_D is None else empty_target(x_TD.shape[0], x_TD.shape[1], dtype)
     module().add_norm(
         x_TD.numpy(),
         added,
         None if weight_D is None else array(weight_D.float()),
         None if bias_D is None else array(bias_D.float()),
         eps,
-        target_arrays(target) if target else None,
+        target_arrays(list(target)) if target else None,
         level,
         torch.get_num_threads(),
     )
-    return target
 
 
 @_add_norm.register_fake
 def _(
     x_TD: torch.Tensor,
+    target: Sequence[torch.Tensor],
     product: Sequence[torch.Tensor],
     weight_D: Optional[torch.Tensor],  # noqa: UP045
     bias_D: Optional[torch.Tensor],  # noqa: UP045
     eps: float,
-    dtype: torch.dtype,
     level: str,
-) -> list[torch.Tensor]:
-    if weight_D is None:
-        return []
-    scales = [x_TD.new_empty(x_TD.shape[0]) for _ in range(2)] if dtype == torch.int8 else []
-    return [x_TD.new_empty(x_TD.shape, dtype=dtype), *scales]
+) -> None:
+    return None
 
 
 def _why_not_cpu(x_TD: torch.Tensor, product: Product | None, norm: Norm | None, dtype: torch.dtype) -> str | None:
@@ -167,7 +163,8 @@ def add_norm(
     if chosen == "cpu":
         weight_D, bias_D, eps = norm or (None, None, 0.0)
         tensors = [] if product is None else product.tensors()
-        target = _add_norm(x_TD, tensors, weight_D, bias_D, eps, dtype, cpu_level())
+        target = [] if norm is None else empty_target(T, D, dtype)
+        _add_norm(x_TD, target, tensors, weight_D, bias_D, eps, cpu_level())
         return x_TD, rows_of(target) if target else None
     if chosen == "triton":
         from .gpu.add_norm import add_norm as launch

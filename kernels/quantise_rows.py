@@ -36,7 +36,9 @@ def quantise_rows_reference(x_NI: torch.Tensor) -> Levels:
     finite_N = torch.isfinite(range_N)
     spread_N = finite_N & (range_N >= _SMALLEST_RANGE)
     divisor_N = torch.where(spread_N, range_N, 1.0)
-    steps_NI = ((x_NI - least_N[:, None]) * (_STEPS / divisor_N)[:, None]).round() - _HALF
+    # Not `_STEPS / divisor_N`, which torch computes as a reciprocal times _STEPS: rounded twice.
+    inverse_N = divisor_N.new_full((), _STEPS) / divisor_N
+    steps_NI = ((x_NI - least_N[:, None]) * inverse_N[:, None]).round() - _HALF
     values_NI = torch.where(spread_N[:, None], steps_NI, 0.0).to(torch.int8)
     scale_N = torch.where(spread_N, divisor_N / _STEPS, 0.0)
     shift_N = torch.where(spread_N, least_N + scale_N * _HALF, least_N)
