@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import itertools
 import random
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,6 +21,8 @@ from protnest.engine import Embedder, Encoder, from_fair_esm, load_model
 from protnest.engine.alphabet import AMINO_ACIDS, MASK_ID, PAD_ID, RESIDUES, TOKEN_IDS, TOKENS
 from protnest.engine.encoder import EncoderOutput
 from protnest.engine.packing import PackedBatch, pack
+from protnest.engine.quantise import quantised
+from protnest.kernels.cpu_kernels import LEVELS
 
 from support.esm2_models import ALPHABET, fair_esm_outputs, hostile_encoder, hostile_esm2, in_fp64
 from support.mutants import ENCODER_MUTANTS
@@ -169,6 +172,40 @@ def test_fp64_gradients_are_those_of_fair_esm() -> None:
         gold = wanted[name].detach().double()
         error = float((parameter.grad - gold).abs().max())
         assert error <= 1e-7 * float(gold.abs().max()), name
+
+
+def _run_at(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has the C++ kernels run with other vector instructions; "" takes the extension away."""
+    files = [f"protnest.kernels.{name}" for name in ("rotary_attention", "add_norm", "bias_gelu", "quantise_rows")]
+    if level == "":
+        for file in (*files, "protnest.kernels.linear"):
+            for name, absent in (("why_not_cpu", lambda product: "taken away"), ("load", lambda: None)):
+                if hasattr(sys.modules[file], name):
+                    monkeypatch.setattr(sys.modules[file], name, absent)
+        return
+    best = sys.modules["protnest.kernels.cpu_kernels"].module().best_level()
+    if LEVELS.index(level) > LEVELS.index(best):
+        pytest.skip(f"this processor runs {best}, not {level}")
+    for file in files:
+        monkeypatch.setattr(sys.modules[file], "cpu_level", lambda: level)
+
+
+@pytest.mark.parametrize("level", [*LEVELS, ""], ids=[*LEVELS, "no extension"])
+def test_parity_at_each_level(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _run_at(level, monkeypatch)
+    truth = _truth(ESM2_8M, "masks")
+    assert not _failures(_outputs(truth.encoder, truth.batch), truth)
+
+
+@pytest.mark.parametrize("level", [*LEVELS, ""], ids=[*LEVELS, "no extension"])
+def test_int8_at_each_level(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounding to levels may fall the other way where numbers differ in their last bit, no more than that."""
+    encoder = quantised(hostile_encoder(*SMALL))
+    batch = pack([_protein(40), _protein(17, 1)])
+    usual = encoder(batch).hidden_TD
+    _run_at(level, monkeypatch)
+    difference = (encoder(batch).hidden_TD - usual).norm(dim=1) / usual.norm(dim=1)
+    assert difference.max() < 0.02
 
 
 @pytest.mark.parametrize("name", ENCODER_MUTANTS)
