@@ -56,8 +56,8 @@ def _bytes(out: torch.Tensor | Levels) -> list[bytes]:
 
 
 def _gelu(x_NF: torch.Tensor, impl: str) -> torch.Tensor:
-    with running(impl) as name:
-        out_NF = bias_gelu(Product(x_NF.clone()), dtype=torch.float32, impl=name)
+    with guarded() as guards, running(impl) as name:
+        out_NF = bias_gelu(Product(guards.copy(x_NF)), dtype=torch.float32, impl=name)
     assert isinstance(out_NF, torch.Tensor)
     return out_NF
 
@@ -132,8 +132,8 @@ def test_nan_and_infinity_are_their_own(impl: str) -> None:
 
 def _keeps_nan(impl: str, bits: int) -> bool:
     x_NF = torch.from_numpy(np.full((2, 19), bits, np.uint32).view(np.float32))
-    with running(impl) as name:
-        narrow_NF = bias_gelu(Product(x_NF.clone()), dtype=torch.bfloat16, impl=name)
+    with guarded() as guards, running(impl) as name:
+        narrow_NF = bias_gelu(Product(guards.copy(x_NF)), dtype=torch.bfloat16, impl=name)
     assert isinstance(narrow_NF, torch.Tensor)
     return bool(_gelu(x_NF, impl).isnan().all() and narrow_NF.isnan().all())
 
