@@ -71,7 +71,7 @@ def load_cpp_mutant(
     """Loads the extension with lines changed.
 
     Args:
-        names: the source file, and headers of which it is the only user, such as ("rotary_attention.cpp", "lanes.hpp").
+        names: the source file, and headers that may change for it alone, such as ("rotary_attention.cpp", "lanes.hpp").
         changes: text that occurs once or more in one of them -> what takes its place.
         rest: of `compile_rest`.
         folder: where the changed files and the extension are written.
@@ -82,10 +82,12 @@ def load_cpp_mutant(
         holders = [name for name in names if old in sources[name]]
         assert len(holders) == 1, f"{old!r} is in {holders}, expected one of {names}: the mutant is out of date"
         sources[holders[0]] = sources[holders[0]].replace(old, new)
+    # All headers, since one finds another beside itself first.
+    sources = {path.name: path.read_text(encoding="utf-8") for path in CSRC.glob("*.hpp")} | sources
     for name, source in sources.items():
         (folder / name).write_text(source, encoding="utf-8")
     library = folder / "_C.so"
-    options = ["-w", "-std=c++17", level, "-fPIC", "-fopenmp-simd", "-shared", f"-I{CSRC}"]
+    options = ["-w", "-std=c++17", level, "-fPIC", "-fopenmp-simd", "-shared"]
     subprocess.run(["g++", *options, folder / names[0], *rest, "-o", library], check=True)
     # A name of its own: pybind11 gives the same module for the same name.
     spec = importlib.util.spec_from_file_location(f"{folder.name}._C", library)
