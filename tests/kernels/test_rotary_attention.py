@@ -1,4 +1,5 @@
-"""rotary_attention: every level against fp64 gold, the same bits in any company, NaN, int8 products, errors, mutants.
+"""rotary_attention: every level against fp64 gold, the same bits in any company, NaN, what products leave, errors,
+mutants.
 
 The kernel for GPUs has its tests elsewhere. "v4 in pairs" is level v4 multiplying pairs of bf16 as v4_bf16 does. The
 file is long because Python and the binding each refuse what they must, one line a refusal.
@@ -21,12 +22,16 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from protnest.kernels import cpu_kernels
 from protnest.kernels import rotary_attention as module
+from protnest.kernels.cpu_kernels import LEVELS, cpu_level, product_arrays
 from protnest.kernels.extension import load, missing_reason
-from protnest.kernels.rotary_attention import LEVELS, Dequantise, RotaryTable, cpu_level, rotary_attention
+from protnest.kernels.product import Product, Scales
+from protnest.kernels.rotary_attention import RotaryTable, rotary_attention
 
-from support.attention_cases import HEADS, Case, find_failure, guarded, make_case
+from support.attention_cases import HEADS, Case, find_failure, guarded, guarded_product, make_case
 from support.attention_mutants import CPP_MUTANTS, PYTHON_MUTANTS
+from support.poisoned import poisoned_memory
 from support.source_mutants import compile_rest, load_cpp_mutant
 
 _extension = load()
@@ -60,24 +65,18 @@ LENGTHS: dict[int, tuple[int, ...]] = {
 
 
 @pytest.fixture(autouse=True)
-def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
+def _poison() -> Iterator[None]:
     """Memory that nobody has written holds NaN."""
-    make: Any = torch.Tensor.new_empty
-
-    def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
-        tensor: torch.Tensor = make(*args, **kwargs)
-        return tensor.fill_(torch.nan)
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    with poisoned_memory():
+        yield
 
 
 def _run(impl: str, case: Case) -> torch.Tensor:
     if impl in module.IMPLS:
-        given = (case.qkv_TC, case.table, case.cu_seqlens, case.lengths_B, case.heads)
-        return rotary_attention(*given, dequantise=case.dequantise, impl=impl)
+        return rotary_attention(case.qkv, case.table, case.cu_seqlens, case.lengths_B, case.heads, impl=impl)
     level, longest = impl.partition(" ")[0], max(case.lengths_B, default=0)
     pairs = impl in ("v4 in pairs", "v4_bf16")
-    arguments = (case.qkv_TC, *case.table, case.cu_seqlens, case.heads, longest, case.dequantise or (), level, pairs)
+    arguments = (case.qkv.tensors(), *case.table, case.cu_seqlens, case.heads, longest, level, pairs)
     out_TD: torch.Tensor = module._rotary_attention(*arguments)
     return out_TD
 
@@ -90,9 +89,10 @@ KINDS = {
     for kind, K in (("mild", 20), ("mild", 64), ("equal", 20), ("one takes all", 8), ("rising", 16))
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
 }
-INTEGERS = {
-    f"int8 products, K = {K}": functools.partial(make_cached, LENGTHS[K], K, integers=True)
-    for K in (8, 10, 20, 32, 128)
+LEFT = {
+    f"{left}, K = {K}": functools.partial(make_cached, LENGTHS[K], K, left=left)
+    for left, widths in (("integers", (8, 10, 20, 32, 128)), ("with bias", (8, 10, 64)))
+    for K in widths
 }
 WIDTHS = {
     f"hostile, K = {K}, {name}": functools.partial(make_cached, LENGTHS[K], K, dtype)
@@ -105,27 +105,24 @@ FEW = {
     "an empty sequence": functools.partial(make_cached, (0,), 16),
     "empty sequences at both ends": functools.partial(make_cached, (0, 5, 0), 16),
 }
-CASES = WIDTHS | KINDS | INTEGERS | FEW
+CASES = WIDTHS | KINDS | LEFT | FEW
 
 
 @each_impl
 @pytest.mark.parametrize("name", CASES)
 def test_within_bounds_of_gold(name: str, impl: str) -> None:
     case = CASES[name]()
-    if case.qkv_TC.dtype == torch.bfloat16 and (impl == "reference" or (impl == "torch" and name in KINDS)):
+    if case.qkv.dtype == torch.bfloat16 and (impl == "reference" or (impl == "torch" and name in KINDS)):
         pytest.skip("torch rounds each step to bf16, which scores in thousands do not survive")
     failure = find_failure(_run(impl, case), case, impl)
     assert failure is None, failure
 
 
 @pytest.mark.parametrize("impl", ["reference", "torch"])
-@pytest.mark.parametrize("integers", [False, True])
-def test_exact_in_fp64(impl: str, integers: bool) -> None:
-    case = make_case((1, 30, 0, 7), 10, integers=integers)
-    dequantise = case.dequantise and Dequantise(*(part.double() for part in case.dequantise))
-    arguments = (case.qkv_TC.double(), case.table, case.cu_seqlens, case.lengths_B, case.heads)
-    got_TD = rotary_attention(*arguments, dequantise=dequantise, impl=impl)
-    gold = case.gold
+@pytest.mark.parametrize("left", ["numbers", "with bias"])
+def test_exact_in_fp64(impl: str, left: str) -> None:
+    case = make_case((1, 30, 0, 7), 10, torch.float64, left=left)
+    got_TD, gold = _run(impl, case), case.gold
     error = np.abs(got_TD.numpy().reshape(gold.out.shape) - gold.out)
     assert (error <= 1e-13 * (1 + gold.score_size) * gold.mean_size).all()
 
@@ -139,14 +136,13 @@ def test_writes_its_own_rows_only(impl: str, dtype: torch.dtype) -> None:
 def _check_writes(impl: str, dtype: torch.dtype) -> None:
     """`out` lies between NaN, which stays."""
     case = make_cached((3, 18, 33, 5), 10, dtype)
-    around = torch.full((len(case.qkv_TC) + 64, case.qkv_TC.shape[1] // 3), torch.nan, dtype=dtype)
+    T, C = case.qkv.values_NO.shape
+    around = torch.full((T + 64, C // 3), torch.nan, dtype=dtype)
     out_TD = around[32:-32]
-    arrays = [(x.view(torch.int16) if dtype == torch.bfloat16 else x).numpy() for x in (case.qkv_TC, out_TD)]
     tables = [*(part_PJ.numpy() for part_PJ in case.table), case.cu_seqlens.numpy()]
-    extension = module.load()  # type: ignore[attr-defined]  # where mutants take its place
-    assert extension is not None
-    pairs = impl in ("v4 in pairs", "v4_bf16")
-    extension.rotary_attention(arrays[0], *tables, case.heads, (), impl.partition(" ")[0], pairs, 1, arrays[1])
+    level, pairs = impl.partition(" ")[0], impl in ("v4 in pairs", "v4_bf16")
+    given = (product_arrays(case.qkv), *tables, case.heads, level, pairs, 1, cpu_kernels.array(out_TD))
+    cpu_kernels.module().rotary_attention(*given)
     assert around[:32].isnan().all()
     assert around[-32:].isnan().all()
     assert torch.equal(out_TD, _run(impl, case))
@@ -161,7 +157,7 @@ def _attend_to_scores(impl: str, dtype: torch.dtype, scores_L: torch.Tensor, val
     qkv = torch.zeros(L, 3, K)
     qkv[:, 0, 0], qkv[:, 1, 0], qkv[:, 2] = K**0.5, scores_L, values_L[:, None]
     table = RotaryTable(torch.ones(L, K // 2), torch.zeros(L, K // 2))
-    out_TD = _run(impl, Case(guarded(qkv.view(L, -1).to(dtype)), table, (L,), 1)).float()
+    out_TD = _run(impl, Case(Product(guarded(qkv.view(L, -1).to(dtype))), table, (L,), 1)).float()
     # Vectors are full or not, and divide by their own totals.
     assert float(out_TD.max() - out_TD.min()) <= 1e-6 * float(values_L.abs().max())
     return float(out_TD[0, 0])
@@ -204,29 +200,50 @@ def test_long_sequences_do_not_fade(impl: str) -> None:
     _check_long(impl)
 
 
-# Int8 products
+# What products leave
 
 
-def test_dequantise_by_hand() -> None:
-    parts = Dequantise(
-        torch.tensor([2.0, 0.5]),
-        torch.tensor([10.0, -1.0]),
-        torch.tensor([1.0, 2.0, 3.0]),
-        torch.tensor([0.25, 0.0, -4.0]),
-    )
-    numbers_TC = parts.numbers(torch.tensor([[1.0, -2.0, 3.0], [4.0, 0.0, -6.0]]))
-    assert numbers_TC.tolist() == [[12.25, 16.0, 32.0], [1.25, -2.0, -10.0]]
+def test_numbers_by_hand() -> None:
+    steps_O, sums_O = torch.tensor([1.0, 2.0, 0.5]), torch.tensor([1.0, 2.0, 3.0])
+    scales = Scales(steps_O, sums_O, scale_N=torch.tensor([2.0, 0.5]), shift_N=torch.tensor([10.0, -1.0]))
+    values_NO, bias_O = torch.tensor([[1, -2, 3], [4, 0, -6]], dtype=torch.int32), torch.tensor([0.25, 0.0, -4.0])
+    assert Product(values_NO, bias_O, scales).numbers().tolist() == [[12.25, 12.0, 29.0], [1.25, -2.0, -8.5]]
+    assert Product(values_NO.float(), bias_O).numbers().tolist() == [[1.25, -2.0, -1.0], [4.25, 0.0, -10.0]]
 
 
 @each_impl
-def test_dequantise_is_what_its_numbers_are(impl: str) -> None:
+@pytest.mark.parametrize("left", ["with bias", "integers"])
+def test_a_product_is_what_its_numbers_are(impl: str, left: str) -> None:
     """Powers of two and whole numbers: nothing is rounded on the way to the turn."""
     case = make_case((40, 3), 8, heads=2, kind="mild")
-    parts = Dequantise(torch.full((43,), 0.25), torch.full((43,), 0.5), torch.arange(48.0) % 5, torch.arange(48.0) % 3)
-    products = Case(guarded((case.qkv_TC * 8).round()), case.table, case.lengths_B, 2, parts)
-    plain = Case(parts.numbers(products.qkv_TC), case.table, case.lengths_B, 2)
-    tolerance = 2e-5 if impl in ("v3", "v4", "v4 in pairs", "v4_bf16") else 1e-6
-    torch.testing.assert_close(_run(impl, products), _run(impl, plain), rtol=0, atol=tolerance * 10)
+    T, C = case.qkv.values_NO.shape
+    whole_TC, bias_C = (case.qkv.values_NO * 8).round(), torch.arange(C) % 3 / 2
+    product = Product(whole_TC / 8, bias_C)
+    if left == "integers":
+        scales = Scales(2.0 ** (torch.arange(C) % 4), torch.arange(C) % 5 / 1, torch.full((T,), 0.125), torch.ones(T))
+        product = Product(whole_TC.int(), bias_C, scales)
+    parts = (case.table, case.lengths_B, 2)
+    got_TD = _run(impl, Case(guarded_product(product), *parts))
+    expected_TD = _run(impl, Case(Product(guarded(product.numbers())), *parts))
+    if left == "integers" and impl in ("v3", "v4", "v4 in pairs", "v4_bf16"):
+        torch.testing.assert_close(got_TD, expected_TD, rtol=1e-4, atol=2e-4)  # a shorter polynomial
+    else:
+        assert torch.equal(got_TD, expected_TD)
+
+
+@each_level
+def test_rows_without_levels_stay_in_their_sequence(impl: str) -> None:
+    """A row that was not finite has scale and shift NaN."""
+    case = make_cached((21, 131, 10), 8, left="integers")
+    assert case.qkv.scales is not None
+    scale_N, shift_N = (part.clone() for part in case.qkv.scales[2:])
+    scale_N[50] = shift_N[50] = torch.nan
+    scales = case.qkv.scales._replace(scale_N=scale_N, shift_N=shift_N)
+    broken = Case(case.qkv._replace(scales=scales), case.table, case.lengths_B, case.heads)
+    clean_TD, got_TD = _run(impl, case), _run(impl, broken)
+    assert torch.equal(got_TD[:21], clean_TD[:21])
+    assert torch.equal(got_TD[-10:], clean_TD[-10:])
+    assert got_TD[21:-10].isnan().all()
 
 
 # The same bits
@@ -242,7 +259,8 @@ def _threads() -> Iterator[None]:
 SAME = {
     "fp32": functools.partial(make_cached, (5, 33, 0, 140, 1, 17), 8),
     "bf16": functools.partial(make_cached, (5, 33, 0, 140, 1, 17), 20, torch.bfloat16),
-    "int8 products": functools.partial(make_cached, (5, 33, 0, 140, 1, 17), 8, integers=True),
+    "with bias": functools.partial(make_cached, (5, 33, 0, 140, 1, 17), 10, left="with bias"),
+    "integers": functools.partial(make_cached, (5, 33, 0, 140, 1, 17), 8, left="integers"),
 }
 
 
@@ -270,9 +288,9 @@ PAYLOAD = torch.tensor([0x7FC00001], dtype=torch.int32).view(torch.float32)
 def _broken(dtype: torch.dtype, part: int, token: int, value: float | str) -> Case:
     """Sequence 1 has `value` in one channel of head 2's query (part 0), key (1) or value (2)."""
     case = make_cached((21, 131, 10), 16, dtype)
-    qkv = case.qkv_TC.clone().view(-1, 3, case.heads, 16)
+    qkv = case.qkv.values_NO.clone().view(-1, 3, case.heads, 16)
     qkv[21 + token, part, 2, 5] = PAYLOAD[0].to(dtype) if value == "payload" else float(value)
-    return Case(guarded(qkv.view(case.qkv_TC.shape)), case.table, case.lengths_B, case.heads)
+    return Case(Product(guarded(qkv.view(162, -1))), case.table, case.lengths_B, case.heads)
 
 
 def _check_not_numbers(impl: str, dtype: torch.dtype) -> None:
@@ -300,7 +318,7 @@ def test_not_a_number_stays_in_its_sequence_and_head(impl: str, dtype: torch.dty
 MUTANT_CASES = (
     *("hostile, K = 8, fp32", "hostile, K = 10, bf16", "hostile, K = 24, fp32", "hostile, K = 32, bf16"),
     *("mild, K = 20, fp32", "mild, K = 64, bf16", "rising, K = 16, fp32"),
-    *("int8 products, K = 10", "int8 products, K = 32"),
+    *("integers, K = 10", "integers, K = 32", "with bias, K = 10"),
 )
 
 
@@ -321,7 +339,7 @@ def _is_caught(impl: str) -> bool:
 @pytest.mark.parametrize("name", PYTHON_MUTANTS)
 def test_python_mutants_are_caught(name: str, impl: str) -> None:
     where, broken = PYTHON_MUTANTS[name]
-    cases = [CASES[name]() for name in ("mild, K = 20, fp32", "int8 products, K = 10")]
+    cases = [CASES[name]() for name in ("mild, K = 20, fp32", "integers, K = 10", "with bias, K = 10")]
     assert all(find_failure(_run(impl, case), case, impl) is None for case in cases)
     with mock.patch(f"protnest.kernels.rotary_attention.{where}", broken):
         assert any(find_failure(_run(impl, case), case, impl) is not None for case in cases)
@@ -343,14 +361,14 @@ def _levels_here() -> list[str]:
 @pytest.mark.parametrize("name", CPP_MUTANTS)
 def test_cpp_mutants_are_caught(name: str, rest: list[Path], tmp_path: Path) -> None:
     mutant = load_cpp_mutant(["rotary_attention.cpp", "lanes.hpp"], CPP_MUTANTS[name], rest, tmp_path, "-O1")
-    with mock.patch.object(module, "load", return_value=mutant):
+    with mock.patch.object(cpu_kernels, "load", return_value=mutant):
         assert any(map(_is_caught, _levels_here())), f"nothing notices: {name}"
 
 
 @pytest.mark.slow
 def test_what_is_not_broken_is_not_caught(rest: list[Path], tmp_path: Path) -> None:
     same = load_cpp_mutant(["rotary_attention.cpp", "lanes.hpp"], {}, rest, tmp_path, "-O1")
-    with mock.patch.object(module, "load", return_value=same):
+    with mock.patch.object(cpu_kernels, "load", return_value=same):
         assert not any(map(_is_caught, _levels_here()))
 
 
@@ -365,10 +383,10 @@ def _fresh_level() -> Iterator[None]:
     cpu_level.cache_clear()
 
 
-def _plain(dtype: torch.dtype = torch.float32, K: int = 16) -> dict[str, Any]:
-    case = make_case((2, 4), K, dtype, heads=2)
+def _given(dtype: torch.dtype = torch.float32, K: int = 16, left: str = "numbers") -> dict[str, Any]:
+    case = make_case((2, 4), K, dtype, heads=2, left=left)
     return {
-        "qkv_TC": case.qkv_TC,
+        "qkv": case.qkv.values_NO if left == "numbers" else case.qkv,
         "table": case.table,
         "cu_seqlens": case.cu_seqlens,
         "lengths_B": case.lengths_B,
@@ -390,46 +408,31 @@ def test_level_by_the_environment(level: str, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.usefixtures("_fresh_level")
 @pytest.mark.parametrize(("best", "level"), [(BEST, "avx512"), ("v3", "v4"), ("v4", "v4_bf16")])
 def test_level_that_is_not_there(best: str, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "load", lambda: SimpleNamespace(best_level=lambda: best))
+    monkeypatch.setattr(cpu_kernels, "load", lambda: SimpleNamespace(best_level=lambda: best))
     monkeypatch.setenv("PROTNEST_CPU_LEVEL", level)
     allowed = ", ".join(LEVELS[: LEVELS.index(best) + 1])
     with pytest.raises(ValueError, match=f"PROTNEST_CPU_LEVEL={level}: this processor runs {allowed}$"):
-        rotary_attention(**_plain(), impl="cpu")
-
-
-@pytest.mark.usefixtures("_fresh_level")
-def test_no_level_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "load", lambda: None)
-    assert cpu_level() == ""
+        rotary_attention(**_given(), impl="cpu")
 
 
 def _wants_gradients(given: dict[str, Any]) -> dict[str, Any]:
-    return given | {"qkv_TC": given["qkv_TC"].requires_grad_()}
-
-
-def _ones(T: int, C: int, dtype: torch.dtype = torch.float32) -> Dequantise:
-    return Dequantise(*(torch.ones(n, dtype=dtype) for n in (T, T, C, C)))
-
-
-def _with_ones(given: dict[str, Any]) -> dict[str, Any]:
-    T, C = given["qkv_TC"].shape
-    return given | {"dequantise": _ones(T, C, given["qkv_TC"].dtype)}
+    return given | {"qkv": given["qkv"].requires_grad_()}
 
 
 def _bias_wants_gradients(given: dict[str, Any]) -> dict[str, Any]:
-    parts = _ones(*given["qkv_TC"].shape)
-    return given | {"dequantise": parts._replace(bias_C=parts.bias_C.requires_grad_())}
+    return given | {"qkv": given["qkv"]._replace(bias_O=given["qkv"].bias_O.requires_grad_())}
 
 
 NOT_CPU: dict[str, tuple[Any, str]] = {
-    "gradients": (lambda: _wants_gradients(_plain()), "gradients are asked for"),
-    "gradients of the bias": (lambda: _bias_wants_gradients(_plain()), "gradients are asked for"),
-    "fp64": (lambda: _plain(torch.float64), "dtype is torch.float64, not fp32 or bf16"),
-    "narrow heads": (lambda: _plain(K=6), "the head width is 6, not even and at least 8"),
-    "int8 products in bf16": (
-        lambda: _with_ones(_plain(torch.bfloat16)),
-        "int8 products are dequantised from fp32, not torch.bfloat16",
+    "gradients": (lambda: _wants_gradients(_given()), "gradients are asked for"),
+    "gradients of the bias": (lambda: _bias_wants_gradients(_given(left="with bias")), "gradients are asked for"),
+    "gradients of the bias of integers": (
+        lambda: _bias_wants_gradients(_given(left="integers")),
+        "gradients are asked for",
     ),
+    "fp64": (lambda: _given(torch.float64), "dtype is torch.float64, not fp32 or bf16"),
+    "narrow heads": (lambda: _given(K=6), "the head width is 6, not at least 8"),
+    "bias in bf16": (lambda: _given(torch.bfloat16, left="with bias"), "a bias is left to be added in bf16"),
 }
 
 
@@ -450,59 +453,73 @@ def test_auto_runs_torch_and_says_why_once(make: Any, reason: str, caplog: pytes
 def test_auto_runs_the_extension_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
     module._log_choice.cache_clear()
     caplog.set_level(logging.INFO, logger=module.__name__)
-    outputs = [rotary_attention(**_plain()) for _ in range(2)]
+    outputs = [rotary_attention(**_given()) for _ in range(2)]
     with torch.no_grad():
-        outputs.append(rotary_attention(**_wants_gradients(_plain())))
+        outputs.append(rotary_attention(**_wants_gradients(_given())))
     for got in outputs:
-        assert torch.equal(got, rotary_attention(**_plain(), impl="cpu"))
+        assert torch.equal(got, rotary_attention(**_given(), impl="cpu"))
     assert caplog.messages == ["rotary_attention: auto runs cpu"]
 
 
 def test_without_the_extension(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(module, "load", lambda: None)
-    monkeypatch.setattr(module, "missing_reason", lambda: "it is not built")
+    monkeypatch.setattr(cpu_kernels, "load", lambda: None)
+    monkeypatch.setattr(cpu_kernels, "missing_reason", lambda: "it is not built")
     module._log_choice.cache_clear()
     caplog.set_level(logging.INFO, logger=module.__name__)
-    assert torch.equal(rotary_attention(**_plain()), rotary_attention(**_plain(), impl="torch"))
+    assert torch.equal(rotary_attention(**_given()), rotary_attention(**_given(), impl="torch"))
     assert caplog.messages == ["rotary_attention: auto runs torch: it is not built"]
     with pytest.raises(RuntimeError, match="impl='cpu' cannot run here: it is not built"):
-        rotary_attention(**_plain(), impl="cpu")
+        rotary_attention(**_given(), impl="cpu")
 
 
 @needs_extension
 def test_inputs_of_other_layouts_and_left_alone() -> None:
-    given = _plain()
-    before = [given["qkv_TC"].clone(), *(part.clone() for part in given["table"]), given["cu_seqlens"].clone()]
+    given = _given(left="integers")
+    tensors = [*given["qkv"].tensors(), *given["table"], given["cu_seqlens"]]
+    before = [tensor.clone() for tensor in tensors]
     expected = rotary_attention(**given, impl="cpu")
-    for tensor, copy in zip([given["qkv_TC"], *given["table"], given["cu_seqlens"]], before, strict=True):
+    for tensor, copy in zip(tensors, before, strict=True):
         assert torch.equal(tensor.nan_to_num(), copy.nan_to_num())
-    turned = given | {"qkv_TC": given["qkv_TC"].T.contiguous().T}
+    strided = [tensor.T.contiguous().T if tensor.dim() == 2 else tensor.repeat_interleave(2)[::2] for tensor in tensors]
+    turned = given | {"qkv": Product.of(strided[:6])}
     assert torch.equal(rotary_attention(**turned, impl="cpu"), expected)
 
 
-@pytest.mark.parametrize("integers", [False, True])
+@pytest.mark.parametrize("left", ["numbers", "with bias"])
 @pytest.mark.parametrize("impl", ["torch", "auto"])
-def test_gradients(impl: str, integers: bool) -> None:
-    case = make_case((1, 3, 2), 4, heads=2, kind="mild", integers=integers)
-    parts = [part.double().requires_grad_() for part in (case.qkv_TC * 1, *(case.dequantise or ()))]
+def test_gradients(impl: str, left: str) -> None:
+    case = make_case((1, 3, 2), 4, torch.float64, heads=2, kind="mild", left=left)
 
-    def attend(qkv_TC: torch.Tensor, *dequantise: torch.Tensor) -> torch.Tensor:
-        arguments = (qkv_TC, case.table, case.cu_seqlens, case.lengths_B, case.heads)
-        return rotary_attention(*arguments, dequantise=Dequantise(*dequantise) if dequantise else None, impl=impl)
+    def attend(*parts: torch.Tensor) -> torch.Tensor:
+        arguments = (case.table, case.cu_seqlens, case.lengths_B, case.heads)
+        return rotary_attention(Product.of(list(parts)), *arguments, impl=impl)
 
     check: Any = torch.autograd.gradcheck
-    # Products are in thousands and move the result by thousandths.
-    assert check(attend, parts, eps=1e-5, atol=1e-6)
+    assert check(attend, [part.requires_grad_() for part in case.qkv.tensors()])
+
+
+@pytest.mark.parametrize("impl", ["torch", "auto"])
+def test_gradients_reach_the_bias_of_integers(impl: str) -> None:
+    given = _given(left="integers")
+    numbers_TC, bias_C = given["qkv"].numbers().requires_grad_(), given["qkv"].bias_O.requires_grad_()
+    for qkv in (numbers_TC, given["qkv"]):
+        rotary_attention(**given | {"qkv": qkv}, impl=impl).square().sum().backward()
+    torch.testing.assert_close(bias_C.grad, numbers_TC.grad.sum(0), rtol=1e-4, atol=1e-4)
 
 
 @needs_extension
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "int8 products"])
-def test_opcheck(dtype: torch.dtype | str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()  # opcheck's tensors are not all real ones
-    integers = dtype == "int8 products"
-    case = make_case((2, 4), 8, torch.float32 if integers else dtype, heads=2, integers=integers)  # type: ignore[arg-type]
-    parts = list(case.dequantise or ())
-    arguments = (case.qkv_TC, *case.table, case.cu_seqlens, case.heads, 4, parts, BEST, BEST == "v4_bf16")
+@pytest.mark.parametrize(
+    ("left", "dtype"),
+    [
+        ("numbers", torch.float32),
+        ("numbers", torch.bfloat16),
+        ("with bias", torch.float32),
+        ("integers", torch.float32),
+    ],
+)
+def test_opcheck(left: str, dtype: torch.dtype) -> None:
+    case = make_case((2, 4), 8, dtype, heads=2, left=left)
+    arguments = (case.qkv.tensors(), *case.table, case.cu_seqlens, case.heads, 4, BEST, BEST == "v4_bf16")
     torch.library.opcheck(module._rotary_attention, arguments)
 
 
@@ -513,12 +530,18 @@ def _table(places: int, J: int, sines: int | None = None) -> RotaryTable:
     return RotaryTable(torch.ones(places, J), torch.ones(places if sines is None else sines, J))
 
 
+def _integers(T: int = 6, C: int = 96, dtype: torch.dtype = torch.float32) -> Product:
+    """Of six tokens and two heads of 16, but for the scales, which are of T and C."""
+    scales = Scales(*(torch.ones(n, dtype=dtype) for n in (C, C, T, T)))
+    return Product(torch.zeros(6, 96, dtype=torch.int32), torch.ones(96), scales)
+
+
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "an axis too many": (
-        {"qkv_TC": torch.zeros(1, 6, 96)},
+        {"qkv": torch.zeros(1, 6, 96)},
         "qkv has shape (1, 6, 96), expected (T, 3 x 2 heads x an even",
     ),
-    "width of an odd head": ({"qkv_TC": torch.zeros(6, 90)}, "qkv has shape (6, 90), expected (T, 3 x 2 heads x"),
+    "width of an odd head": ({"qkv": torch.zeros(6, 90)}, "qkv has shape (6, 90), expected (T, 3 x 2 heads x"),
     "no heads": ({"heads": 0}, "qkv has shape (6, 96), expected (T, 3 x 0 heads x"),
     "lengths add up to less": ({"lengths_B": [2, 3]}, "2 lengths adding up to 5 and cu_seqlens of shape (3,) do not"),
     "lengths too few": (
@@ -531,18 +554,41 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "table of another width": ({"table": _table(6, 4)}, "the rotary tables have shapes (6, 4) and (6, 4), expected (4"),
     "sines too few": ({"table": _table(6, 8, 5)}, "the rotary tables have shapes (6, 8) and (5, 8), expected (4 or"),
-    "dequantise of other tokens": (
-        {"dequantise": _ones(5, 96)},
-        "dequantise has shapes [(5,), (5,), (96,), (96,)], exp",
+    "bias of other columns": (
+        {"qkv": Product(torch.zeros(6, 96), torch.ones(95))},
+        "got ['torch.float32', 'torch.float32'] of shapes [(6, 96), (95,)]",
     ),
-    "dequantise of other columns": ({"dequantise": _ones(6, 95)}, "expected (6,), (6,), (96,), (96,) of torch.float32"),
-    "dequantise of another dtype": (
-        {"dequantise": _ones(6, 96, torch.float64)},
-        "expected (6,), (6,), (96,), (96,) of torch.float32",
+    "bias of another dtype": (
+        {"qkv": Product(torch.zeros(6, 96), torch.ones(96).double())},
+        "a product is floating, with a bias (O,) of its dtype or none, or int32 with fp32 bias, steps and sums (O,) "
+        "and scale and shift (N,); got ['torch.float32', 'torch.float64'] of shapes [(6, 96), (96,)]",
     ),
-    "dequantise with axes": (
-        {"dequantise": Dequantise(*(part[None] for part in _ones(6, 96)))},
-        "dequantise has shapes [(1, 6), (1, 6), (1, 96), (1, 96)], expected",
+    "integers alone": (
+        {"qkv": torch.zeros(6, 96, dtype=torch.int32)},
+        "got ['torch.int32'] of shapes [(6, 96)]",
+    ),
+    "integers without bias": (
+        {"qkv": _integers()._replace(bias_O=None)},
+        "of shapes [(6, 96), (96,), (96,), (6,), (6,)]",
+    ),
+    "integers with a bias of bf16": (
+        {"qkv": _integers()._replace(bias_O=torch.ones(96, dtype=torch.bfloat16))},
+        "got ['torch.int32', 'torch.bfloat16', ",
+    ),
+    "integers of 64 bits": (
+        {"qkv": _integers()._replace(values_NO=torch.zeros(6, 96, dtype=torch.int64))},
+        "got ['torch.int64', ",
+    ),
+    "scales of numbers": ({"qkv": _integers()._replace(values_NO=torch.zeros(6, 96))}, "got ['torch.float32', "),
+    "scales of other tokens": ({"qkv": _integers(5)}, "of shapes [(6, 96), (96,), (96,), (96,), (5,), (5,)]"),
+    "scales of other columns": ({"qkv": _integers(6, 95)}, "of shapes [(6, 96), (96,), (95,), (95,), (6,), (6,)]"),
+    "scales of fp64": (
+        {"qkv": _integers(dtype=torch.float64)},
+        "got ['torch.int32', 'torch.float32', 'torch.float64', ",
+    ),
+    "scales with axes": (
+        {"qkv": Product.of([part[None] if part.dim() == 1 else part for part in _integers().tensors()])},
+        "of shapes [(6, 96), (1, 96), (1, 96), (1, 96), (1, 6), (1, 6)]",
     ),
     "impl": ({"impl": "sdpa"}, "impl is 'sdpa'; allowed: auto, reference, torch, cpu, triton"),
 }
@@ -551,17 +597,18 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize(("changes", "message"), BAD.values(), ids=BAD)
 def test_bad_input(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        rotary_attention(**(_plain() | changes))
+        rotary_attention(**(_given() | changes))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton can run here")
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda: _with_ones(_plain()), "int8 products are dequantised on a CPU only"),
-        (lambda: _plain(torch.float64), "dtype is torch.float64, not fp32, bf16 or fp16"),
-        (lambda: _wants_gradients(_plain()), "gradients are asked for"),
-        (_plain, ""),
+        (lambda: _given(left="with bias"), "qkv is not plain numbers"),
+        (lambda: _given(left="integers"), "qkv is not plain numbers"),
+        (lambda: _given(torch.float64), "dtype is torch.float64, not fp32, bf16 or fp16"),
+        (lambda: _wants_gradients(_given()), "gradients are asked for"),
+        (_given, ""),
     ],
 )
 def test_triton_cannot_run(make: Any, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -570,15 +617,19 @@ def test_triton_cannot_run(make: Any, reason: str, monkeypatch: pytest.MonkeyPat
         rotary_attention(**make(), impl="triton")
 
 
+def _six(values: Any, *rest: Any) -> tuple[Any, ...]:
+    """A product for the binding."""
+    return (values, *rest, *(None,) * (5 - len(rest)))
+
+
 def _arrays(**changes: Any) -> dict[str, Any]:
     """Arguments of the binding: six tokens, two heads of 8."""
     given = {
-        "qkv": np.zeros((6, 48), np.float32),
+        "qkv": _six(np.zeros((6, 48), np.float32)),
         "cos": np.ones((4, 4), np.float32),
         "sin": np.zeros((4, 4), np.float32),
         "cu_seqlens": np.array([0, 2, 6], np.int32),
         "heads": 2,
-        "dequantise": (),
         "level": "portable",
         "pairs": False,
         "threads": 1,
@@ -591,16 +642,53 @@ def _floats(*shape: int) -> np.ndarray[Any, Any]:
     return np.ones(shape, np.float32)
 
 
+def _sums(*shape: int) -> np.ndarray[Any, Any]:
+    return np.ones(shape, np.int32)
+
+
 LAYOUT = "has not the size, the dtype or the layout"
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no heads": ({"heads": 0}, ValueError, "width must be heads times an even head width of at least 8"),
-    "no width": ({"out": _floats(6, 0), "qkv": _floats(6, 0), "cos": _floats(4, 0)}, ValueError, "at least 8"),
+    "no width": ({"out": _floats(6, 0), "qkv": _six(_floats(6, 0)), "cos": _floats(4, 0)}, ValueError, "at least 8"),
     "heads of 4": ({"heads": 4}, ValueError, "at least 8"),
-    "odd heads": ({"out": _floats(6, 18), "qkv": _floats(6, 54)}, ValueError, "an even head width"),
-    "qkv in fp64": ({"qkv": np.zeros((6, 48))}, ValueError, "qkv must be fp32 or bf16"),
-    "qkv of fewer tokens": ({"qkv": _floats(5, 48)}, ValueError, LAYOUT),
-    "qkv narrower": ({"qkv": _floats(6, 47)}, ValueError, LAYOUT),
-    "qkv by columns": ({"qkv": np.asfortranarray(_floats(6, 48))}, ValueError, LAYOUT),
+    "odd heads": ({"out": _floats(6, 18), "qkv": _six(_floats(6, 54))}, ValueError, "an even head width"),
+    "qkv of five parts": ({"qkv": _six(_floats(6, 48))[:5]}, ValueError, "a product has six parts"),
+    "qkv in fp64": ({"qkv": _six(np.zeros((6, 48)))}, ValueError, "a product holds fp32, bf16 or int32"),
+    "qkv of fewer tokens": ({"qkv": _six(_floats(5, 48))}, ValueError, LAYOUT),
+    "qkv narrower": ({"qkv": _six(_floats(6, 47))}, ValueError, LAYOUT),
+    "qkv by columns": ({"qkv": _six(np.asfortranarray(_floats(6, 48)))}, ValueError, LAYOUT),
+    "bias too short": ({"qkv": _six(_floats(6, 48), _floats(47))}, ValueError, LAYOUT),
+    "bias of fp64": ({"qkv": _six(_floats(6, 48), np.ones(48))}, ValueError, LAYOUT),
+    "bias of every other number": ({"qkv": _six(_floats(6, 48), _floats(96)[::2])}, ValueError, LAYOUT),
+    "scales of numbers": (
+        {"qkv": (_floats(6, 48), None, None, None, _floats(6), None)},
+        ValueError,
+        "others with bias alone",
+    ),
+    "integers alone": ({"qkv": _six(_sums(6, 48))}, ValueError, "integers come with all five numbers"),
+    "integers without shift": (
+        {"qkv": _six(_sums(6, 48), *[_floats(48)] * 3, _floats(6))},
+        ValueError,
+        "integers come with all five numbers",
+    ),
+    "steps too short": (
+        {"qkv": (_sums(6, 48), _floats(48), _floats(47), _floats(48), _floats(6), _floats(6))},
+        ValueError,
+        LAYOUT,
+    ),
+    "sums too short": (
+        {"qkv": (_sums(6, 48), _floats(48), _floats(48), _floats(47), _floats(6), _floats(6))},
+        ValueError,
+        LAYOUT,
+    ),
+    "scale too short": ({"qkv": (_sums(6, 48), *[_floats(48)] * 3, _floats(5), _floats(6))}, ValueError, LAYOUT),
+    "shift too short": ({"qkv": (_sums(6, 48), *[_floats(48)] * 3, _floats(6), _floats(5))}, ValueError, LAYOUT),
+    "bf16 for integers": (
+        {"qkv": (_sums(6, 48), *[_floats(48)] * 3, *[_floats(6)] * 2), "out": np.zeros((6, 16), np.int16)},
+        ValueError,
+        LAYOUT,
+    ),
+    "out of three axes": ({"out": _floats(6, 2, 8)}, ValueError, "out must have two dimensions"),
     "out in bf16": ({"out": np.zeros((6, 16), np.int16)}, ValueError, LAYOUT),
     "out by columns": ({"out": np.asfortranarray(_floats(6, 16))}, ValueError, LAYOUT),
     "out too short": ({"out": _floats(5, 16)}, ValueError, LAYOUT),
@@ -615,22 +703,6 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "ends fall": ({"cu_seqlens": np.array([0, 4, 3, 6], np.int32)}, ValueError, "cu_seqlens falls"),
     "ends below 0": ({"cu_seqlens": np.array([0, -2, 2, 6], np.int32)}, ValueError, "cu_seqlens falls"),
     "longer than the tables": ({"cu_seqlens": np.array([0, 1, 6], np.int32)}, ValueError, "longer than the tables"),
-    "dequantise of three": (
-        {"dequantise": (_floats(6), _floats(6), _floats(48))},
-        ValueError,
-        "dequantise: four arrays",
-    ),
-    "dequantise of bf16": (
-        {
-            "dequantise": (_floats(6), _floats(6), _floats(48), _floats(48)),
-            "qkv": np.zeros((6, 48), np.int16),
-            "out": np.zeros((6, 16), np.int16),
-        },
-        ValueError,
-        "dequantise: four arrays, for fp32 qkv",
-    ),
-    "dequantise of fp64": ({"dequantise": (np.ones(6), _floats(6), _floats(48), _floats(48))}, ValueError, LAYOUT),
-    "dequantise too short": ({"dequantise": (_floats(6), _floats(6), _floats(48), _floats(47))}, ValueError, LAYOUT),
     "no such level": ({"level": "avx2"}, ValueError, "no level avx2; there are portable, v3, v4 and v4_bf16"),
 }
 
@@ -656,6 +728,6 @@ def test_binding_refuses_a_level_that_is_lacking() -> None:
 def test_binding_takes_any_number_of_threads(threads: int) -> None:
     assert _extension is not None
     given = _arrays(threads=threads)
-    given["qkv"][:, 32:] = 3
+    given["qkv"][0][:, 32:] = 3
     _extension.rotary_attention(**given)
     np.testing.assert_allclose(given["out"], 3, rtol=1e-6)

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from protnest.kernels.product import Product, Scales
 from protnest.kernels.rotary import rotary_table
-from protnest.kernels.rotary_attention import Dequantise, RotaryTable
+from protnest.kernels.rotary_attention import RotaryTable
 
 Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
@@ -26,32 +27,21 @@ HEADS = {8: 11, 10: 9, 16: 7, 20: 5, 24: 4, 32: 3, 64: 3, 128: 2}
 class Case:
     """Arguments of `rotary_attention`. NaN lies around every buffer, and in the table at places beyond the longest."""
 
-    qkv_TC: torch.Tensor
+    qkv: Product
     table: RotaryTable
     lengths_B: tuple[int, ...]
     heads: int
-    dequantise: Dequantise | None = None
 
     @functools.cached_property
     def cu_seqlens(self) -> torch.Tensor:
         return torch.tensor([0, *itertools.accumulate(self.lengths_B)], dtype=torch.int32)
 
-    @property
-    def head_width(self) -> int:
-        return self.qkv_TC.shape[1] // (3 * self.heads)
-
     def pick(self, order: Sequence[int]) -> Case:
         """The sequences of these indices, in this order."""
         ends = self.cu_seqlens.tolist()
         rows_T = torch.tensor([t for b in order for t in range(ends[b], ends[b + 1])], dtype=torch.int64)
-        dequantise = self.dequantise
-        if dequantise is not None:
-            scale_T, shift_T = (guarded(part[rows_T]) for part in dequantise[:2])
-            dequantise = dequantise._replace(scale_T=scale_T, shift_T=shift_T)
         lengths_B = tuple(self.lengths_B[b] for b in order)
-        return dataclasses.replace(
-            self, qkv_TC=guarded(self.qkv_TC[rows_T]), lengths_B=lengths_B, dequantise=dequantise
-        )
+        return dataclasses.replace(self, qkv=guarded_product(self.qkv.rows(rows_T)), lengths_B=lengths_B)
 
     @functools.cached_property
     def gold(self) -> Gold:
@@ -71,10 +61,16 @@ class Gold:
 
 
 def guarded(values: torch.Tensor) -> torch.Tensor:
-    """The same numbers, contiguous, with NaN before and after them in memory."""
-    around = torch.full((values.numel() + 128,), torch.nan, dtype=values.dtype)
+    """The same numbers, contiguous, with NaN before and after them in memory; around integers the largest one."""
+    fill = torch.nan if values.is_floating_point() else torch.iinfo(values.dtype).max
+    around = torch.full((values.numel() + 128,), fill, dtype=values.dtype)
     around[64:-64] = values.flatten()
     return around[64:-64].view(values.shape)
+
+
+def guarded_product(product: Product) -> Product:
+    """The same product, all of whose tensors are `guarded`."""
+    return Product.of([guarded(part) for part in product.tensors()])
 
 
 def make_case(
@@ -84,19 +80,19 @@ def make_case(
     *,
     heads: int | None = None,
     kind: str = "hostile",
-    integers: bool = False,
+    left: str = "numbers",
 ) -> Case:
     """Random numbers with means that are not zero and one constant row.
 
     Args:
         lengths_B: tokens of each sequence.
         K: head width.
-        dtype: of qkv.
+        dtype: of qkv's numbers; fp32 where they are integers.
         heads: H; None takes `HEADS`.
         kind: "hostile": rows differ in scale from 0.1 to 4; "mild": scores of about 1, no weight is large; "equal": all
             scores of a query are the same; "one takes all": scores in thousands; "rising": a query's scores grow along
             the sequence, so that each tile has a new largest one.
-        integers: whether qkv holds int8 products, with `Dequantise` beside them.
+        left: what the product left: "numbers", "with bias", or "integers", which are int8 sums with their scales.
     """
     heads = heads or HEADS[K]
     T, C = sum(lengths_B), 3 * heads * K
@@ -120,24 +116,26 @@ def make_case(
     cos, sin = rotary_table(torch.arange(longest), K, torch.float32)
     beyond = torch.full((7, K // 2), torch.nan)
     table = RotaryTable(*(guarded(torch.cat((part[:, 0], beyond))) for part in (cos, sin)))
-    dequantise = None
-    qkv_TC = qkv.view(T, C)
-    if integers:
-        scale_T = 1e-3 * (0.5 + torch.rand(T, generator=generator))
-        shift_T, sums_C, bias_C = 1e-3 * normal(T), (500 * normal(C)).round(), normal(C) + 0.2
-        dequantise = Dequantise(*map(guarded, (scale_T, shift_T, sums_C, bias_C)))
-        qkv_TC = (qkv_TC / scale_T[:, None]).round()
-    return Case(guarded(qkv_TC.to(dtype)), table, tuple(lengths_B), heads, dequantise)
+    product = Product(qkv.view(T, C).to(dtype))
+    if left == "with bias":
+        product = product._replace(bias_O=(normal(C) + 0.2).to(dtype))
+    elif left == "integers":
+        steps_C, scale_T = (10.0**-e * (0.5 + torch.rand(n, generator=generator)) for e, n in ((2, C), (3, T)))
+        sums_C, shift_T, bias_C = 500 * normal(C), 1e-3 * normal(T), normal(C) + 0.2
+        integers_TC = (product.values_NO / (scale_T[:, None] * steps_C)).round().int()
+        product = Product(integers_TC, bias_C, Scales(steps_C, sums_C, scale_T, shift_T))
+    return Case(guarded_product(product), table, tuple(lengths_B), heads)
 
 
 def _numbers(case: Case) -> tuple[Array, Array]:
     """The numbers that qkv stands for, and the sizes of what they are added up from, (T, 3, H, K)."""
-    values = case.qkv_TC.double().numpy()
-    sizes = np.abs(values)
-    if case.dequantise is not None:
-        scale_T, shift_T, sums_C, bias_C = (part.double().numpy() for part in case.dequantise)
-        terms = (scale_T[:, None] * values, shift_T[:, None] * sums_C, np.broadcast_to(bias_C, values.shape))
-        values, sizes = sum(terms, np.zeros(())), sum(map(np.abs, terms), np.zeros(()))
+    values, *rest = (part.double().numpy() for part in case.qkv.tensors())
+    terms = [values]
+    if len(rest) > 1:
+        steps_C, sums_C, scale_T, shift_T = rest[1:]
+        terms = [scale_T[:, None] * steps_C * values, shift_T[:, None] * sums_C]
+    terms += [np.broadcast_to(bias_C, values.shape) for bias_C in rest[:1]]
+    values, sizes = sum(terms, np.zeros(())), sum(map(np.abs, terms), np.zeros(()))
     T, C = values.shape
     shape = (T, 3, case.heads, C // (3 * case.heads))
     return values.reshape(shape), sizes.reshape(shape)
@@ -199,13 +197,14 @@ BF16 = 2.0**-8
 
 def rounding_of(impl: str, case: Case) -> Rounding:
     """What the kernel's levels, "v4 in pairs", "reference" (in fp32) and "torch" do to such a case."""
-    bf16 = case.qkv_TC.dtype == torch.bfloat16
+    bf16 = case.qkv.dtype == torch.bfloat16
     if impl in ("reference", "torch"):
         # In bf16 the table, a product and a sum are rounded, for q as for k; weights where a processor multiplies bf16.
         return Rounding(added=6 * BF16, weights=BF16) if bf16 else Rounding()
     if bf16 and impl in ("v4 in pairs", "v4_bf16"):
         return Rounding(series=7.5e-5, turned=2 * BF16, weights=BF16)
-    return Rounding(series=7.5e-5 if impl != "portable" and (bf16 or case.dequantise is not None) else 0.0)
+    short = impl != "portable" and (bf16 or case.qkv.scales is not None)
+    return Rounding(series=7.5e-5 if short else 0.0)
 
 
 def find_failure(got_TD: torch.Tensor, case: Case, impl: str) -> str | None:
@@ -223,8 +222,8 @@ def find_failure(got_TD: torch.Tensor, case: Case, impl: str) -> str | None:
     """
     gold, rounding = case.gold, rounding_of(impl, case)
     eps = float(np.finfo(np.float32).eps)
-    T, C = case.qkv_TC.shape
-    assert (got_TD.shape, got_TD.dtype) == ((T, C // 3), case.qkv_TC.dtype)
+    T, C = case.qkv.values_NO.shape
+    assert (got_TD.shape, got_TD.dtype) == ((T, C // 3), case.qkv.dtype)
     got = got_TD.double().numpy().reshape(gold.out.shape)
     common = 4 * eps * (1 + gold.score_size) + rounding.series + rounding.added * gold.score_size
     off_by = common + rounding.turned * gold.turned_size
@@ -232,7 +231,7 @@ def find_failure(got_TD: torch.Tensor, case: Case, impl: str) -> str | None:
     lengths = np.repeat(case.lengths_B, case.lengths_B)[:, None, None]
     with np.errstate(invalid="ignore"):
         bound = orders * off_by * gold.spread + ((4 + lengths / 2) * eps + rounding.weights) * gold.mean_size
-        if case.qkv_TC.dtype == torch.bfloat16:
+        if case.qkv.dtype == torch.bfloat16:
             bound = bound * (1 + BF16) + BF16 * np.abs(gold.out)
         share = np.abs(got - gold.out) / bound
     same = (got == gold.out) | (np.isnan(got) & np.isnan(gold.out))

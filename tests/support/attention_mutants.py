@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from protnest.kernels.product import Product, Scales
 from protnest.kernels.rotary import apply_rotary
-from protnest.kernels.rotary_attention import Dequantise
 
 CPP_MUTANTS: dict[str, dict[str, str]] = {
     "last group of keys not filled": {"p % kGroup != 0; ++p": "p < 0; ++p"},
@@ -67,7 +67,9 @@ CPP_MUTANTS: dict[str, dict[str, str]] = {
     "bf16 cut off": {"bits + 0x7fffu + ((bits >> 16) & 1u)": "bits + 0u"},
     "shift left out": {"Lanes<4>::load(sums + column) * shift + ": ""},
     "bias left out": {" * shift + Lanes<4>::load(bias + column)": " * shift"},
-    "one token's scale for all": {"scale(input.dequantise->scale_T[t])": "scale(input.dequantise->scale_T[0])"},
+    "steps left out": {"Lanes<4>::load(steps + column) * __builtin": "__builtin"},
+    "bias of plain numbers left out": {"value + Lanes<4>::load(bias + column)": "value"},
+    "one token's scale for all": {"scale(input.qkv.scale_N[t])": "scale(input.qkv.scale_N[0])"},
     "sums of the first columns": {"Lanes<4>::load(sums + column)": "Lanes<4>::load(sums)"},
 }
 """Name -> text -> what takes its place. All write and read within their buffers, but for rows beyond the output."""
@@ -90,12 +92,30 @@ def _one_place_for_all(x_THK: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     return apply_rotary(x_THK, cos[:1].expand_as(cos), sin[:1].expand_as(sin))
 
 
-def _without_shift(parts: Dequantise, values_TC: torch.Tensor) -> torch.Tensor:
-    return values_TC * parts.scale_T[:, None] + parts.bias_C
+_numbers = Product.numbers
 
 
-def _shift_of_the_bias(parts: Dequantise, values_TC: torch.Tensor) -> torch.Tensor:
-    return values_TC * parts.scale_T[:, None] + parts.shift_T[:, None] * (parts.sums_C + parts.bias_C)
+def _without_steps(product: Product) -> torch.Tensor:
+    scales = product.scales
+    return _numbers(product._replace(scales=scales and scales._replace(steps_O=torch.ones_like(scales.steps_O))))
+
+
+def _without_shift(product: Product) -> torch.Tensor:
+    scales = product.scales
+    return _numbers(product._replace(scales=scales and scales._replace(shift_N=torch.zeros_like(scales.shift_N))))
+
+
+def _shift_of_the_bias(product: Product) -> torch.Tensor:
+    if product.scales is None:
+        return _numbers(product)
+    assert product.bias_O is not None
+    steps_O, sums_O, scale_N, shift_N = product.scales
+    sums_O = sums_O + product.bias_O
+    return _numbers(Product(product.values_NO, 0 * product.bias_O, Scales(steps_O, sums_O, scale_N, shift_N)))
+
+
+def _without_plain_bias(product: Product) -> torch.Tensor:
+    return product.values_NO if product.scales is None else _numbers(product)
 
 
 PYTHON_MUTANTS: dict[str, tuple[str, Callable[..., Any]]] = {
@@ -103,7 +123,9 @@ PYTHON_MUTANTS: dict[str, tuple[str, Callable[..., Any]]] = {
     "sines halved": ("apply_rotary", _turned_by_halves),
     "keys not turned": ("apply_rotary", _keys_not_turned),
     "one place for all": ("apply_rotary", _one_place_for_all),
-    "shift left out": ("Dequantise.numbers", _without_shift),
-    "shift of the bias, too": ("Dequantise.numbers", _shift_of_the_bias),
+    "steps left out": ("Product.numbers", _without_steps),
+    "shift left out": ("Product.numbers", _without_shift),
+    "shift of the bias, too": ("Product.numbers", _shift_of_the_bias),
+    "bias of plain numbers left out": ("Product.numbers", _without_plain_bias),
 }
 """Name -> what of `kernels.rotary_attention` is replaced, and by what; `reference` and `torch` share it."""

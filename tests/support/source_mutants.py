@@ -82,9 +82,8 @@ def load_cpp_mutant(
         holders = [name for name in names if old in sources[name]]
         assert len(holders) == 1, f"{old!r} is in {holders}, expected one of {names}: the mutant is out of date"
         sources[holders[0]] = sources[holders[0]].replace(old, new)
-    # All headers: one that includes another finds the one beside it.
-    for header in CSRC.glob("*.hpp"):
-        shutil.copy(header, folder)
+    # All headers, since one finds another beside itself first.
+    sources = {path.name: path.read_text(encoding="utf-8") for path in CSRC.glob("*.hpp")} | sources
     for name, source in sources.items():
         (folder / name).write_text(source, encoding="utf-8")
     library = folder / "_C.so"
