@@ -503,7 +503,8 @@ def test_gradients_reach_the_bias_of_integers(impl: str) -> None:
     given = _given(left="integers")
     numbers_TC, bias_C = given["qkv"].numbers().requires_grad_(), given["qkv"].bias_O.requires_grad_()
     for qkv in (numbers_TC, given["qkv"]):
-        rotary_attention(**given | {"qkv": qkv}, impl=impl).square().sum().backward()
+        attended_TD: Any = rotary_attention(**given | {"qkv": qkv}, impl=impl)
+        attended_TD.square().sum().backward()
     torch.testing.assert_close(bias_C.grad, numbers_TC.grad.sum(0), rtol=1e-4, atol=1e-4)
 
 
