@@ -157,6 +157,7 @@ void expect_block(const py::array& array, py::ssize_t size, py::ssize_t itemsize
 // The numbers of an array that may be None; null where it is.
 const float* floats_or_null(const py::handle& array, py::ssize_t size) {
     if (array.is_none()) return nullptr;
+    if (!py::isinstance<py::array>(array)) throw py::type_error("numbers come as an array or as None");
     const py::array numbers = py::reinterpret_borrow<py::array>(array);
     expect_block(numbers, size, sizeof(float));
     return static_cast<const float*>(numbers.data());
@@ -166,6 +167,7 @@ const float* floats_or_null(const py::handle& array, py::ssize_t size) {
 // all six, and others None from the third on. The caller keeps the arrays.
 protnest::Product product_of(const py::tuple& parts, py::ssize_t N, py::ssize_t C) {
     if (parts.size() != 6) throw py::value_error("a product has six parts");
+    if (!py::isinstance<py::array>(parts[0])) throw py::type_error("a product's values are an array");
     const py::array values = parts[0];
     const char kind = values.dtype().kind();
     const bool integers = kind == 'i' && values.itemsize() == 4, narrow = values.itemsize() == 2;
@@ -188,6 +190,7 @@ protnest::Product product_of(const py::tuple& parts, py::ssize_t N, py::ssize_t 
 // (values, scale, shift): levels where the values are of eight bits, else scale and shift are None.
 protnest::Target target_of(const py::tuple& parts, py::ssize_t N, py::ssize_t C) {
     if (parts.size() != 3) throw py::value_error("a target has three parts");
+    if (!py::isinstance<py::array>(parts[0])) throw py::type_error("a target's values are an array");
     py::array values = parts[0];
     expect_block(values, N * C, values.itemsize());
     switch (values.itemsize()) {
@@ -197,6 +200,9 @@ protnest::Target target_of(const py::tuple& parts, py::ssize_t N, py::ssize_t C)
         default: throw py::value_error("a target is fp32, bf16 or int8");
     }
     if (C < 1) throw py::value_error("levels need at least one column");
+    if (!py::isinstance<py::array>(parts[1]) || !py::isinstance<py::array>(parts[2])) {
+        throw py::type_error("levels come with arrays for scale and shift");
+    }
     py::array scale = parts[1], shift = parts[2];
     expect_block(scale, N, sizeof(float)), expect_block(shift, N, sizeof(float));
     return {protnest::Taken::levels, values.mutable_data(), static_cast<float*>(scale.mutable_data()),
@@ -254,6 +260,7 @@ void rotary_attention(const py::tuple& qkv, const Floats& cos, const Floats& sin
     }
     const py::ssize_t K = width / heads;
     const protnest::Product product = product_of(qkv, tokens, 3 * width);
+    if (product.left == protnest::Left::bf16 && product.bias_C) throw py::value_error("bf16 has its bias already");
     expect_block(out, tokens * width, product.left == protnest::Left::bf16 ? 2 : 4);
     expect_block(cos, cos.shape(0) * (K / 2), sizeof(float)), expect_block(sin, cos.size(), sizeof(float));
     expect_block(cu_seqlens, cu_seqlens.size(), sizeof(std::int32_t));

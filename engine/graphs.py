@@ -198,10 +198,7 @@ class GraphedEncoder:
         return stream_TD[: batch.tokens_T.shape[0]]
 
     def _find(self, bucket: Bucket, padded: PackedBatch) -> _Graph | None:
-        if self._tensors_at != self.encoder.tensors_at():
-            # `encoder.to(...)`, or a longer protein, has put other tensors in the place of those that the graphs read.
-            self._graphs.clear()
-            self._tensors_at = self.encoder.tensors_at()
+        self._forget_stale()
         if bucket not in self._graphs:
             if self._given_up or bucket not in self._met or len(self._graphs) >= _MOST_GRAPHS:
                 self._met.add(bucket)
@@ -213,11 +210,18 @@ class GraphedEncoder:
                 return None
         return self._graphs[bucket]
 
+    def _forget_stale(self) -> None:
+        """`encoder.to(...)`, or a longer protein, may have put other tensors in the place of those that graphs read."""
+        if self._tensors_at != self.encoder.tensors_at():
+            self._graphs.clear()
+            self._tensors_at = self.encoder.tensors_at()
+
     def _capture(self, bucket: Bucket, padded: PackedBatch) -> str | None:
         """Makes a bucket's graph and holds it against the eager run; what went wrong, if anything did."""
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         right_TD = self.encoder.stream(padded)
+        self._forget_stale()
         try:
             graph = _Graph(self.encoder, bucket, self._pool)
             got_TD = graph.replay(padded)

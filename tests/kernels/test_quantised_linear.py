@@ -177,14 +177,14 @@ def test_auto_says_once_what_it_takes(caplog: pytest.LogCaptureFixture, monkeypa
     q_NI, values_OI = _integers(2, 8, 3)
     weight = _weight(TRUE, values_OI)
     TRUE._choose_auto.cache_clear()
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger=TRUE.__name__):
         TRUE.quantised_linear(q_NI, weight)
         TRUE.quantised_linear(q_NI, weight)
     assert len([record for record in caplog.records if "quantised_linear runs" in record.message]) == 1
     TRUE._choose_auto.cache_clear()
     caplog.clear()
     monkeypatch.setattr(TRUE, "why_not_int8", lambda: "the moon is full")
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger=TRUE.__name__):
         TRUE.quantised_linear(q_NI, weight)
     assert [record.message for record in caplog.records] == ["quantised_linear runs fp32: the moon is full"]
     with pytest.raises(RuntimeError, match="impl='int8' cannot run here: the moon is full"):

@@ -653,6 +653,17 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no width": ({"out": _floats(6, 0), "qkv": _six(_floats(6, 0)), "cos": _floats(4, 0)}, ValueError, "at least 8"),
     "heads of 4": ({"heads": 4}, ValueError, "at least 8"),
     "odd heads": ({"out": _floats(6, 18), "qkv": _six(_floats(6, 54))}, ValueError, "an even head width"),
+    "qkv as a list": ({"qkv": ([1.0], *[None] * 5)}, TypeError, "a product's values are an array"),
+    "bias as a list": (
+        {"qkv": (_floats(6, 48), [1.0] * 48, *[None] * 4)},
+        TypeError,
+        "numbers come as an array or as None",
+    ),
+    "bias of bf16": (
+        {"qkv": (np.zeros((6, 48), np.int16), _floats(48), *[None] * 4), "out": np.zeros((6, 16), np.int16)},
+        ValueError,
+        "bf16 has its bias already",
+    ),
     "qkv of five parts": ({"qkv": _six(_floats(6, 48))[:5]}, ValueError, "a product has six parts"),
     "qkv in fp64": ({"qkv": _six(np.zeros((6, 48)))}, ValueError, "a product holds fp32, bf16 or int32"),
     "qkv of fewer tokens": ({"qkv": _six(_floats(5, 48))}, ValueError, LAYOUT),
