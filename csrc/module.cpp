@@ -201,7 +201,7 @@ protnest::Target target_of(const py::tuple& parts, py::ssize_t N, py::ssize_t C)
     }
     if (C < 1) throw py::value_error("levels need at least one column");
     if (!py::isinstance<py::array>(parts[1]) || !py::isinstance<py::array>(parts[2])) {
-        throw py::type_error("levels come with arrays for scale and shift");
+        throw py::value_error("levels come with arrays for scale and shift");
     }
     py::array scale = parts[1], shift = parts[2];
     expect_block(scale, N, sizeof(float)), expect_block(shift, N, sizeof(float));

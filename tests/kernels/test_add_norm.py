@@ -393,7 +393,7 @@ WRONG = "size, the dtype or the layout"
         ({"target": None}, "weight, bias and target come together"),
         ({"weight": _COLUMN[:2]}, WRONG),
         ({"bias": np.zeros(3)}, WRONG),
-        ({"target": (np.zeros((2, 3), np.int8), None, None)}, WRONG),
+        ({"target": (np.zeros((2, 3), np.int8), None, None)}, "levels come with arrays"),
         ({"target": (_FLOATS,)}, "a target has three parts"),
         ({"level": "v5"}, "no level v5"),
     ],

@@ -414,7 +414,7 @@ _COLUMN = np.zeros(3, np.float32)
         ({"minus": None}, "times and minus come together"),
         ({"times": _COLUMN[:2]}, "size, the dtype or the layout"),
         ({"minus": np.zeros(3)}, "size, the dtype or the layout"),
-        ({"target": (np.zeros((2, 3), np.int8), None, None)}, "size, the dtype or the layout"),
+        ({"target": (np.zeros((2, 3), np.int8), None, None)}, "levels come with arrays for scale and shift"),
         ({"target": (np.zeros((2, 3)), None, None)}, "a target is fp32, bf16 or int8"),
         ({"target": (_FLOATS[:1], None, None)}, "size, the dtype or the layout"),
         ({"level": "v5"}, "no level v5"),
