@@ -13,7 +13,8 @@ Implementations:
                AVX-512, AVX2 and plain vectors, chosen when it runs; bf16 factors in pairs where the processor has units
                for them. fp32 or bf16; even head widths from 8 (multiples of 8 waste nothing). No gradients; the bits
                of a sequence's result are the same whatever its neighbours and the number of threads.
-    triton     kernels/gpu/rotary_attention.py, for GPUs on which torch has no varlen attention; no gradients.
+    triton     kernels/gpu/rotary_attention.py, for narrow heads and for GPUs on which torch has no varlen attention;
+               no gradients.
 
 Shapes: T tokens, B sequences, H heads, K head width, C = 3 H K, P places of the table, J = K / 2.
 """
@@ -35,6 +36,7 @@ from .varlen_attention import varlen_attention, varlen_attention_reference, why_
 
 IMPLS = ("auto", "reference", "torch", "cpu", "triton")
 _NARROWEST_HEAD = 8
+_NARROW_HEAD = 32
 _logger = logging.getLogger(__name__)
 
 
@@ -127,8 +129,9 @@ def _choose(qkv: Product, head_width: int, impl: str) -> str:
         raise ValueError(message)
     if impl == "auto":
         if qkv.values_NO.device.type == "cuda":
-            # torch's kernel is tuned; ours is for what it lacks.
-            has_varlen = why_not_varlen(qkv.values_NO) is None and head_width % 8 == 0
+            # torch's kernel is tuned for wide heads. It pads narrow ones to 32 and turns them in passes of their own,
+            # which ours spares; neither was measured against the other yet.
+            has_varlen = why_not_varlen(qkv.values_NO) is None and head_width % 8 == 0 and head_width > _NARROW_HEAD
             reason = "torch has varlen attention" if has_varlen else _why_not_triton(qkv)
             choice = "triton" if reason is None else "torch"
         else:
