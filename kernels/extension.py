@@ -28,7 +28,8 @@ def _load_once() -> tuple[ModuleType | None, str | None]:
         return None, f"{_SWITCH}={switch} is set"
     # On Linux the extension's threads are OpenMP's, whose runtime torch brings along: loaded first, it is found where
     # the system has none, and both share its threads.
-    importlib.import_module("torch")
+    import torch  # noqa: F401
+
     try:
         return importlib.import_module("._C", __package__), None
     except ImportError as error:
