@@ -87,7 +87,7 @@ def load_cpp_mutant(
     for name, source in sources.items():
         (folder / name).write_text(source, encoding="utf-8")
     library = folder / "_C.so"
-    options = ["-w", "-std=c++17", level, "-fPIC", "-fopenmp-simd", "-shared"]
+    options = ["-w", "-std=c++17", level, "-fPIC", "-fopenmp", "-shared"]
     # The mutant first: where another object holds the same inline function, the linker takes the first.
     subprocess.run(["g++", *options, folder / names[0], *rest, "-o", library], check=True)
     # A name of its own: pybind11 gives the same module for the same name.
