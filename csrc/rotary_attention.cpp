@@ -1,4 +1,4 @@
-// One sequence and head at a time: its keys and values are packed, turned and widened once, then blocks of queries stand
+// Some heads of one sequence at a time: they are packed, turned and widened once, then for each head blocks of queries stand
 // in the lanes of vectors while keys pass by in broadcasts. Softmax is then lane by lane, without sums across lanes, and
 // a head width needs no multiple of the vector's. Scores of a tile of keys, their exponentials and the sums over values
 // stay in the first-level cache; what is known of a query is rescaled from tile to tile.

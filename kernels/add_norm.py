@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from .cpu_kernels import array, cpu_level, empty_target, module, product_arrays, rows_of, target_arrays, why_not_cpu
 from .hardware import why_not_triton
-from .product import Levels, Product, check_product
+from .product import Levels, Product, check_product, wants_gradients
 from .quantise_rows import quantise_rows_reference
 
 IMPLS = ("auto", "reference", "cpu", "triton")
@@ -95,7 +95,7 @@ def _why_not_cpu(x_TD: torch.Tensor, product: Product | None, norm: Norm | None,
     if dtype not in (torch.float32, torch.bfloat16, torch.int8):
         return f"dtype is {dtype}, not fp32, bf16 or int8"
     parameters = () if norm is None else (norm.weight_D, norm.bias_D)
-    if torch.is_grad_enabled() and any(each.requires_grad for each in (x_TD, *parameters)):
+    if wants_gradients(x_TD, *parameters):
         return "gradients are asked for"
     return why_not_cpu(Product(x_TD)) or (None if product is None else why_not_cpu(product))
 
@@ -106,7 +106,7 @@ def _why_not_triton(x_TD: torch.Tensor, product: Product | None, norm: Norm | No
     if product is not None and len(product.tensors()) > 1:
         return "the product is not plain numbers"
     tensors = (x_TD, norm.weight_D, norm.bias_D, *([] if product is None else product.tensors()))
-    if torch.is_grad_enabled() and any(each.requires_grad for each in tensors):
+    if wants_gradients(*tensors):
         return "gradients are asked for"
     return why_not_triton(x_TD.device)
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from .cpu_kernels import array, cpu_level, empty_target, module, product_arrays, rows_of, target_arrays, why_not_cpu
 from .hardware import why_not_triton
-from .product import Levels, Product, check_product
+from .product import Levels, Product, check_product, wants_gradients
 from .quantise_rows import quantise_rows_reference
 
 IMPLS = ("auto", "reference", "cpu", "triton")
@@ -81,7 +81,7 @@ def _(values_NF: torch.Tensor, rest: Sequence[torch.Tensor], level: str) -> None
 def _why_not_cpu(product: Product, move: Move | None, dtype: torch.dtype) -> str | None:
     if dtype not in (torch.float32, torch.bfloat16, torch.int8):
         return f"dtype is {dtype}, not fp32, bf16 or int8"
-    if torch.is_grad_enabled() and any(part.requires_grad for part in move or ()):
+    if wants_gradients(*(move or ())):
         return "gradients are asked for"
     return why_not_cpu(product)
 

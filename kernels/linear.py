@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from .extension import load
 from .hardware import multiplies_bf16
+from .product import wants_gradients
 
 
 def needs_widening(x: torch.Tensor) -> bool:
@@ -30,8 +31,7 @@ def leaves_bias(x_NI: torch.Tensor, weight_OI: torch.Tensor) -> bool:
     encoder of 8M parameters. The C++ passes add it as they read.
     """
     plain = x_NI.device.type == "cpu" and x_NI.dtype == torch.float32
-    grad = torch.is_grad_enabled() and (x_NI.requires_grad or weight_OI.requires_grad)
-    return plain and not grad and load() is not None
+    return plain and not wants_gradients(x_NI, weight_OI) and load() is not None
 
 
 def linear_reference(x_NI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:

@@ -12,6 +12,11 @@ from typing import NamedTuple
 import torch
 
 
+def wants_gradients(*tensors: torch.Tensor) -> bool:
+    """Whether gradients are asked for with respect to any of them: kernels without any leave the work to torch."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
 class Levels(NamedTuple):
     """Rows in eight bits: `scale_N level + shift_N` is what a level from -128 to 127 stands for.
 
@@ -90,7 +95,7 @@ class Product(NamedTuple):
 
     def requires_grad(self) -> bool:
         """Whether gradients are asked for."""
-        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in self.tensors())
+        return wants_gradients(*self.tensors())
 
 
 def check_product(product: Product, columns: int) -> None:
