@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .fasta import read_fasta
     from .library import embed_library
     from .models import from_transformers, load_model
+    from .scoring import score_variants
 
 _HOMES = {
     "Chain": "chain",
@@ -32,6 +33,7 @@ _HOMES = {
     "load_model": "models",
     "read_embeddings": "embeddings",
     "read_fasta": "fasta",
+    "score_variants": "scoring",
 }
 
 __all__ = [
@@ -45,6 +47,7 @@ __all__ = [
     "load_model",
     "read_embeddings",
     "read_fasta",
+    "score_variants",
 ]
 
 

@@ -34,6 +34,11 @@ Vectors = npt.NDArray[np.float32]
 _DEFAULT_TOKENS = {"cpu": 4096, "cuda": 65536}
 
 
+def default_max_tokens(device: torch.device) -> int:
+    """Tokens a batch where nobody names another number."""
+    return _DEFAULT_TOKENS[device.type]
+
+
 class Embedder:
     """Embeds proteins with one model, or with an initial run of a chain's models as one nested embedding.
 
@@ -77,7 +82,7 @@ class Embedder:
         if not isinstance(model, Family):
             model = Family.of([model] if isinstance(model, Encoder) else list(model))
         if max_tokens is None:
-            max_tokens = _DEFAULT_TOKENS[model.members[0].device.type]
+            max_tokens = default_max_tokens(model.members[0].device)
         if max_tokens < 1:
             message = f"max_tokens must be positive, got {max_tokens}"
             raise ValueError(message)

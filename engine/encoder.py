@@ -21,10 +21,11 @@ from ..kernels.linear import leaves_bias, linear, needs_widening
 from ..kernels.product import Levels, Product
 from ..kernels.rotary import rotary_table
 from ..kernels.rotary_attention import RotaryTable, rotary_attention
+from ..kernels.row_attention import row_attention
 from .alphabet import MASK_ID, TOKENS
 from .config import EncoderConfig
 from .device import precision_name
-from .packing import PackedBatch, pack
+from .packing import ChosenRows, PackedBatch, pack
 
 # Share of tokens that were masked in ESM-2's training: 15 % chosen, 80 % of these shown as <mask>.
 _TRAINED_MASK_RATIO = 0.15 * 0.8
@@ -115,12 +116,25 @@ class Layer(nn.Module):
         self.fc2 = Linear(config.feedforward, D)
 
     def forward(
-        self, x_TD: torch.Tensor, pending: Product | None, batch: PackedBatch, table: RotaryTable
+        self,
+        x_TD: torch.Tensor,
+        pending: Product | None,
+        batch: PackedBatch,
+        table: RotaryTable,
+        chosen: ChosenRows | None = None,
     ) -> tuple[torch.Tensor, Product]:
-        """The stream, and what is still to be added to it: the next layer's first pass over it does so."""
+        """The stream, and what is still to be added to it: the next layer's first pass over it does so.
+
+        With `chosen`, the stream of these rows alone: beyond keys and values no other row takes part.
+        """
         x_TD, rows = add_norm(x_TD, pending, self.attention_norm.norm, dtype=self.qkv.takes)
         assert rows is not None
-        attended_TD = rotary_attention(self.qkv.product(rows), table, batch.cu_seqlens, batch.lengths_B, self.heads)
+        sequences = (table, batch.cu_seqlens, batch.lengths_B, self.heads)
+        if chosen is None:
+            attended_TD = rotary_attention(self.qkv.product(rows), *sequences)
+        else:
+            attended_TD = row_attention(self.qkv.product(rows), *sequences, chosen.index_R, chosen.counts_B)
+            x_TD = x_TD[chosen.index_R]
         x_TD, rows = add_norm(x_TD, self.out.product(attended_TD), self.feedforward_norm.norm, dtype=self.fc1.takes)
         assert rows is not None
         inner = self.fc1.product(rows)
@@ -138,8 +152,17 @@ class LanguageModelHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(len(TOKENS)))
 
     def forward(self, hidden_ND: torch.Tensor, embedding_VD: torch.Tensor) -> torch.Tensor:
-        hidden_ND = self.norm(F.gelu(self.dense(hidden_ND)))
-        return linear(hidden_ND, embedding_VD, self.bias)
+        """Logits (N, V) in the precision of the hidden states, whatever that of the weights."""
+        weight_DD, bias_D, embedding_VD, bias_V, scale_D, shift_D = (
+            tensor.to(hidden_ND.dtype)
+            for tensor in (
+                *(self.dense.weight, self.dense.bias, embedding_VD),
+                *(self.bias, self.norm.weight, self.norm.bias),
+            )
+        )
+        hidden_ND = F.gelu(linear(hidden_ND, weight_DD, bias_D))
+        hidden_ND = F.layer_norm(hidden_ND, scale_D.shape, scale_D, shift_D, self.norm.eps)
+        return linear(hidden_ND, embedding_VD, bias_V)
 
 
 class Encoder(nn.Module):
@@ -226,20 +249,42 @@ class Encoder(nn.Module):
         """
         return self._run(batch, ())[0]
 
-    def _run(self, batch: PackedBatch, layers: Collection[int]) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+    def row_logits(self, batch: PackedBatch, chosen: ChosenRows) -> torch.Tensor:
+        """Logits of some tokens: (R, V), fp32 at least, whatever the precision of the layers.
+
+        The last layer beyond its keys and values, the final norm and the head run for these tokens alone.
+
+        Args:
+            batch: B packed sequences; moved to the encoder's device.
+            chosen: R of its tokens; moved likewise.
+
+        Raises:
+            ValueError: the checkpoint had no language-model head.
+        """
+        stream_RD = self._run(batch, (), chosen.to(self.device))[0]
+        norm = self.final_norm
+        weight_D, bias_D = norm.weight.to(stream_RD.dtype), norm.bias.to(stream_RD.dtype)
+        return self.logits(F.layer_norm(stream_RD, weight_D.shape, weight_D, bias_D, norm.eps))
+
+    def _run(
+        self, batch: PackedBatch, layers: Collection[int], chosen: ChosenRows | None = None
+    ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
         deepest = self.config.layers
         batch = batch.to(self.device)
+        # Many rows: attention over whole sequences is the faster one.
+        few = chosen if chosen is not None and 2 * len(chosen.index_R) < len(batch.tokens_T) else None
         x_TD = self._embed(batch)
         # Passes over the stream write into it: what is kept is a copy.
         kept = {0: x_TD.clone()} if 0 in layers else {}
         table = self._rotary_table(max(batch.lengths_B, default=0))
         pending: Product | None = None
         for depth, layer in enumerate(self.layers, start=1):
-            x_TD, pending = layer(x_TD, pending, batch, table)
+            x_TD, pending = layer(x_TD, pending, batch, table, few if depth == deepest else None)
             if depth in layers and depth != deepest:
                 x_TD, pending = add_norm(x_TD, pending, None, dtype=x_TD.dtype)[0], None
                 kept[depth] = x_TD.clone()
-        return add_norm(x_TD, pending, None, dtype=x_TD.dtype)[0], kept
+        x_TD = add_norm(x_TD, pending, None, dtype=x_TD.dtype)[0]
+        return x_TD if chosen is None or few is not None else x_TD[chosen.index_R], kept
 
     def tensors_at(self) -> tuple[int, int]:
         """Where the weights and the rotary table lie in memory: what is captured with others is stale."""

@@ -1,6 +1,6 @@
 """Packed batches: the tokens of many sequences back to back, without padding.
 
-Shapes: B sequences, T tokens of all of them.
+Shapes: B sequences, T tokens of all of them, R chosen ones.
 """
 
 from __future__ import annotations
@@ -43,6 +43,23 @@ class PackedBatch:
             lengths_B=self.lengths_B,
             index_B=self.index_B,
         )
+
+
+@dataclass(frozen=True, eq=False)
+class ChosenRows:
+    """Some tokens of a packed batch.
+
+    Attributes:
+        index_R: int64, places of R tokens in the batch; those of a sequence stand together, in the sequences' order.
+        counts_B: how many belong to each sequence, on the host.
+    """
+
+    index_R: torch.Tensor
+    counts_B: tuple[int, ...]
+
+    def to(self, device: torch.device) -> ChosenRows:
+        """The same tokens, named on `device`; nothing waits for the copy."""
+        return ChosenRows(to_device(self.index_R, device), self.counts_B)
 
 
 def refuse_one_string(sequences: Sequence[str]) -> None:

@@ -6,15 +6,20 @@ import csv
 import gzip
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from .alphabet import RESIDUES
 from .errors import InputError
-from .fasta import read_fasta
+from .fasta import InvalidPolicy, clean_sequence, read_fasta
 
-_SUBSTITUTION = re.compile(r"([A-Za-z])([1-9]\d*)([A-Za-z])")
+_SUBSTITUTION = re.compile(r"([A-Za-z*])(-?\d+)([A-Za-z*])")
+_WILD_TYPE_NAMES = ("WT", "wt", "_wt", "wild-type", "wildtype")
+_AMBIGUOUS = "XBZ"
+"""Letters of the alphabet that stand for no one amino acid. U and O do."""
+_STOP = "*"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,49 +28,151 @@ class Variant:
 
     Attributes:
         name: as it was given, `A24G:H26P`.
-        sites: places of the substitutions in the sequence, from 0, in the name's order.
+        sites: places of the substitutions in the sequence, from 0, in the name's order; none for the wild type and
+            none where residues are inserted or deleted.
         sequence: the mutant's residues.
+        is_indel: residues are inserted or deleted.
+        flags: what was done to it: `("masked",)` where letters were replaced by X, else `()`.
     """
 
     name: str
     sites: tuple[int, ...]
     sequence: str
+    is_indel: bool = False
+    flags: tuple[str, ...] = ()
 
     @property
     def is_single(self) -> bool:
         return len(self.sites) == 1
 
 
-def parse_variant(name: str, wild_type: str) -> Variant:
+class SlipError(InputError):
+    """A substitution that does not fit its wild type, as it happens where residues are counted from another one."""
+
+
+def wild_type_variant(wild_type: str, name: str = "WT") -> Variant:
+    """The wild type itself, as a variant."""
+    return Variant(name=name, sites=(), sequence=wild_type)
+
+
+def parse_variant(name: str, wild_type: str, *, offset: int = 0, invalid: InvalidPolicy = "error") -> Variant:
     """Applies a variant to its wild type.
 
+    Args:
+        name: `A24G`, `A24G:H26P`, or `WT` for the wild type itself; A24A changes nothing.
+        wild_type: its residues.
+        offset: subtracted from each number: 23 where the first residue is called 24.
+        invalid: "mask" puts X where a substitution names no amino acid, and flags the variant "masked".
+
     Raises:
-        InputError: it is not spelt `A24G` or `A24G:H26P`, lies outside of the protein, names another residue than the
-            wild type has there, names a residue that is none, or a site twice.
+        SlipError: it lies outside of the protein, or names another residue than the wild type has there.
+        InputError: it is not spelt `A24G` or `A24G:H26P`, names a residue that is none, a stop codon, or a site twice.
     """
+    if name.strip() in _WILD_TYPE_NAMES:
+        return wild_type_variant(wild_type, name.strip())
     letters = list(wild_type)
     sites: list[int] = []
+    masked = False
     for part in name.strip().split(":"):
-        match = _SUBSTITUTION.fullmatch(part.strip())
-        if match is None:
-            message = f"variant {name!r}: {part!r} is not spelt like A24G (several are joined with colons)"
-            raise InputError(message)
-        before, place, after = match[1].upper(), int(match[2]), match[3].upper()
-        if place > len(wild_type):
-            message = f"variant {name!r}: residue {place} lies beyond the protein's {len(wild_type)}"
-            raise InputError(message)
+        before, number, after = _split(name, part)
+        place = number - offset
+        if not 1 <= place <= len(wild_type):
+            message = f"variant {name!r}: residue {number} {_outside(place, len(wild_type), offset)}"
+            raise SlipError(message)
         if wild_type[place - 1] != before:
-            message = f"variant {name!r}: residue {place} of the wild type is {wild_type[place - 1]}, not {before}"
-            raise InputError(message)
-        if after not in RESIDUES:
-            message = f"variant {name!r}: {after!r} is not a residue"
-            raise InputError(message)
+            message = f"variant {name!r}: residue {number} of the wild type is {wild_type[place - 1]}, not {before}"
+            raise SlipError(message)
+        if after not in RESIDUES or after in _AMBIGUOUS:
+            if invalid != "mask" or after == _STOP:
+                message = f"variant {name!r}: {_describe(after)}"
+                raise InputError(message)
+            after, masked = "X", True
         if place - 1 in sites:
-            message = f"variant {name!r}: residue {place} is there twice"
+            message = f"variant {name!r}: residue {number} is there twice"
             raise InputError(message)
         sites.append(place - 1)
         letters[place - 1] = after
-    return Variant(name=name.strip(), sites=tuple(sites), sequence="".join(letters))
+    flags = ("masked",) if masked else ()
+    return Variant(name=name.strip(), sites=tuple(sites), sequence="".join(letters), flags=flags)
+
+
+def _split(name: str, part: str) -> tuple[str, int, str]:
+    match = _SUBSTITUTION.fullmatch(part.strip())
+    if match is None:
+        message = (
+            f"variant {name!r}: {part!r} is not spelt like A24G (several are joined with colons; WT is the wild type)"
+        )
+        raise InputError(message)
+    return match[1].upper(), int(match[2]), match[3].upper()
+
+
+def _outside(place: int, residues: int, offset: int) -> str:
+    shown = f" (less the offset, {place})" if offset else ""
+    if place < 1:
+        return f"lies before the protein's first, which is {offset + 1}{shown}"
+    return f"lies beyond the protein's {residues}{shown}"
+
+
+def _describe(letter: str) -> str:
+    if letter == _STOP:
+        return "'*' is a stop codon, of which a protein model knows nothing"
+    return f"{letter!r} is not a residue" if letter not in RESIDUES else f"{letter!r} stands for no one amino acid"
+
+
+def variant_of_sequence(
+    sequence: str, wild_type: str, *, name: str | None = None, invalid: InvalidPolicy = "error"
+) -> Variant:
+    """The variant that a mutated sequence is: substitutions where it is as long as the wild type, else an indel.
+
+    Args:
+        sequence: the mutant's residues; lower case and spaces are accepted.
+        wild_type: its residues.
+        name: what messages call it; by default its substitutions, or its length.
+        invalid: "mask" puts X for letters outside the alphabet, and flags the variant "masked".
+
+    Raises:
+        InputError: the sequence is empty, or holds a stop codon or a letter outside the alphabet.
+    """
+    text = sequence.strip()
+    if _STOP in text.rstrip(_STOP):
+        message = f"residue {text.index(_STOP) + 1} of {len(text)} is '*': {_describe(_STOP)}"
+        raise InputError(message)
+    residues = clean_sequence(text, invalid)
+    flags = ("masked",) if invalid == "mask" and residues.count("X") > text.upper().count("X") else ()
+    if len(residues) != len(wild_type):
+        shown = name or f"{len(residues)} residues"
+        return Variant(name=shown, sites=(), sequence=residues, is_indel=True, flags=flags)
+    sites = tuple(site for site, pair in enumerate(zip(wild_type, residues, strict=True)) if pair[0] != pair[1])
+    spelt = ":".join(f"{wild_type[site]}{site + 1}{residues[site]}" for site in sites) or "WT"
+    return Variant(name=name or spelt, sites=sites, sequence=residues, flags=flags)
+
+
+def find_offset(names: Iterable[str], wild_type: str) -> int | None:
+    """The offset under which all these variants fit the wild type; None where there is none, or more than one.
+
+    Args:
+        names: `A24G`, `A24G:H26P`; others are passed over.
+        wild_type: its residues.
+    """
+    named = {
+        (match[1].upper(), int(match[2]))
+        for name in names
+        for part in name.split(":")
+        if (match := _SUBSTITUTION.fullmatch(part.strip())) is not None
+    }
+    if not named:
+        return None
+    # The one that fits must put the first residue named somewhere on a residue like it.
+    letter, number = min(named, key=lambda each: wild_type.count(each[0]))
+    candidates = [number - place for place, residue in enumerate(wild_type, start=1) if residue == letter]
+    fitting = [
+        offset
+        for offset in candidates
+        if all(
+            0 < place - offset <= len(wild_type) and wild_type[place - offset - 1] == before for before, place in named
+        )
+    ]
+    return fitting[0] if len(fitting) == 1 else None
 
 
 def parse_region(text: str) -> tuple[int, int]:

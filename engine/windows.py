@@ -49,6 +49,21 @@ def window_begins(residues: int, size: int) -> list[int]:
     return [*range(0, residues - size, max(1, size // 2)), residues - size]
 
 
+def centred_window(residues: int, place: int, size: int) -> tuple[int, int]:
+    """The window of at most `size` residues in whose middle a residue lies, as far as the protein's ends allow.
+
+    Args:
+        residues: of the protein.
+        place: the residue's, from 0.
+        size: most residues in the window.
+
+    Returns:
+        First residue of the window, from 0, and one past its last. At most `size` residues: the whole protein.
+    """
+    begin = max(0, min(place - size // 2, residues - size))
+    return begin, min(residues, begin + size)
+
+
 def _windows(row: int, residues: int, size: int) -> list[Piece]:
     begins = window_begins(residues, size)
     places = np.arange(size)

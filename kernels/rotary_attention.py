@@ -155,7 +155,9 @@ def _log_choice(choice: str, reason: str | None) -> None:
     _logger.info("rotary_attention: auto runs %s%s", choice, f": {reason}" if reason else "")
 
 
-def _check(qkv: Product, table: RotaryTable, cu_seqlens: torch.Tensor, lengths_B: Sequence[int], heads: int) -> None:
+def check_rotary_attention(
+    qkv: Product, table: RotaryTable, cu_seqlens: torch.Tensor, lengths_B: Sequence[int], heads: int
+) -> None:
     shape = qkv.values_NO.shape
     if len(shape) != 2 or heads < 1 or shape[1] % (6 * heads):
         message = f"qkv has shape {tuple(shape)}, expected (T, 3 x {heads} heads x an even head width)"
@@ -204,7 +206,7 @@ def rotary_attention(
     """
     if isinstance(qkv, torch.Tensor):
         qkv = Product(qkv)
-    _check(qkv, table, cu_seqlens, lengths_B, heads)
+    check_rotary_attention(qkv, table, cu_seqlens, lengths_B, heads)
     chosen = _choose(qkv, qkv.values_NO.shape[1] // (3 * heads), impl)
     if chosen == "reference":
         return rotary_attention_reference(qkv.numbers(), table, cu_seqlens, heads)

@@ -35,7 +35,8 @@ def test_variants(name: str, sites: tuple[int, ...], sequence: str) -> None:
     ("name", "problem"),
     [
         ("", "'' is not spelt like A24G"),
-        ("A0G", "'A0G' is not spelt like A24G"),
+        ("A0G", "residue 0 lies before the protein's first, which is 1"),
+        ("A-3G", "residue -3 lies before the protein's first, which is 1"),
         ("A4", "'A4' is not spelt like A24G"),
         ("A4G:", "'' is not spelt like A24G"),
         ("A9G", "residue 9 lies beyond the protein's 8"),
