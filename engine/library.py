@@ -67,7 +67,9 @@ class Progress(Protocol):
     def advance(self, residues: int) -> None: ...
 
 
-class _Silent:
+class Silent:
+    """Follows nothing."""
+
     def start(self, records: int, work: int, done: int) -> None:
         pass
 
@@ -216,7 +218,7 @@ def embed_library(
         message = "is a pipe or a device; a library is read twice, so it has to be a file"
         raise InputError(message, file=fasta)
     options = options or LibraryOptions()
-    progress = progress or _Silent()
+    progress = progress or Silent()
     with tempfile.SpooledTemporaryFile(max_size=1 << 20, mode="w+", newline="", encoding="utf-8") as rejects:
         survey = survey_library(fasta, embedder, invalid=options.invalid, rejects=rejects)
         if not survey.records:

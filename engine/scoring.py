@@ -117,8 +117,8 @@ def marginals(
     return np.bincount(owner, weights=gains, minlength=len(variants)).astype(np.float32)
 
 
-def mutant_marginals(runner: QueryRunner, variants: Sequence[Variant], wild_type: str) -> npt.NDArray[np.float32]:
-    """Scores of substitutions, each from the unmasked mutant: float32 (N,)."""
+def mutant_marginals(runner: QueryRunner, variants: Sequence[Variant], wild_type: str) -> Floats:
+    """Scores of substitutions, each from the unmasked mutant: float64 (N,)."""
     limit = runner.encoder.config.max_residues
     letters = token_ids(wild_type)[1:-1]
     scores = np.zeros(len(variants))
@@ -143,7 +143,7 @@ def mutant_marginals(runner: QueryRunner, variants: Sequence[Variant], wild_type
         scores[owner] += float((wide[rows, mutated] - wide[rows, letters[sites]]).sum())
 
     _run(runner, queries(), take)
-    return scores.astype(np.float32)
+    return scores
 
 
 def pseudo_log_likelihoods(runner: QueryRunner, sequences: Sequence[str], *, compat: str | None = None) -> Floats:
@@ -201,39 +201,6 @@ def _run(runner: QueryRunner, queries: Sequence[Query] | Iterator[Query], take: 
         runner.run(queries, take)
     except DoesNotFit as error:
         raise InputError(error.reason) from error
-
-
-def residues_to_run(variants: Sequence[Variant], wild_type: str, method: str, *, limit: int) -> int:
-    """Residues that distinct variants cost to run, windows counted, for methods that run each mutant.
-
-    Args:
-        variants: mutants; with pseudo-ll the wild type, too.
-        wild_type: L residues.
-        method: "mutant-marginal" or "pseudo-ll".
-        limit: the model's longest sequence, in residues.
-    """
-    if method == "pseudo-ll":
-        return sum(len(variant.sequence) * min(len(variant.sequence), limit) for variant in variants)
-    windows = ({centred_window(len(wild_type), site, limit) for site in variant.sites} for variant in variants)
-    return sum(end - begin for each in windows for begin, end in each)
-
-
-def score_distinct(
-    runner: QueryRunner, variants: Sequence[Variant], wild_type: str, method: str, *, compat: str | None = None
-) -> Floats:
-    """What methods that run each mutant say of it: float64 (N,); for pseudo-ll its PLL, of which the wild type's is
-    still to be subtracted.
-
-    Args:
-        runner: of the model.
-        variants: N mutants, none of them twice.
-        wild_type: L residues.
-        method: "mutant-marginal" or "pseudo-ll".
-        compat: of pseudo-ll.
-    """
-    if method == "pseudo-ll":
-        return pseudo_log_likelihoods(runner, [variant.sequence for variant in variants], compat=compat)
-    return mutant_marginals(runner, variants, wild_type).astype(np.float64)
 
 
 def aggregate_scores(scores_MN: npt.NDArray[np.floating], aggregate: str = "mean") -> npt.NDArray[np.float32]:
@@ -316,7 +283,10 @@ def _score(
     distinct = {variant.sequence: variant for variant in variants}
     if method == "pseudo-ll" and compat is None:
         distinct.setdefault(wild_type, wild_type_variant(wild_type))
-    values = score_distinct(runner, list(distinct.values()), wild_type, method, compat=compat)
+    if method == "pseudo-ll":
+        values = pseudo_log_likelihoods(runner, list(distinct), compat=compat)
+    else:
+        values = mutant_marginals(runner, list(distinct.values()), wild_type)
     value_of = dict(zip(distinct, values.tolist(), strict=True))
     base = value_of[wild_type] if method == "pseudo-ll" and compat is None else 0.0
     return np.array([value_of[variant.sequence] - base for variant in variants], dtype=np.float32)

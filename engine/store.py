@@ -94,7 +94,7 @@ class StoreWriter:
     def __enter__(self) -> StoreWriter:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._held.enter_context(_lock(self.folder))
+            self._held.enter_context(lock_folder(self.folder))
         except FileExistsError as error:
             message = "is a file; --out names a folder"
             raise InputError(message, file=self.folder) from error
@@ -114,7 +114,7 @@ class StoreWriter:
     def _open(self) -> None:
         if (self.folder / RUN_FILE).exists():
             run = read_run(self.folder)
-            changed = _differences(run["settings"], self.settings)
+            changed = differences(run["settings"], self.settings)
             if not changed:
                 self.complete = run["complete"]
                 found = (Shard(**shard) for shard in run["shards"])
@@ -217,7 +217,12 @@ class StoreWriter:
 
 
 @contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Keeps other runs out of a folder, for as long as the context is open or the process lives.
+
+    Raises:
+        InputError: another run is in it.
+    """
     with (folder / _LOCK_FILE).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -249,6 +254,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     return run
 
 
-def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    """In words, which settings of a run there differ from those of this one."""
     keys = sorted(theirs.keys() | ours.keys())
     return [f"{key}: {theirs.get(key)} there, {ours.get(key)} now" for key in keys if theirs.get(key) != ours.get(key)]

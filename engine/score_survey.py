@@ -1,0 +1,256 @@
+"""The first reading of assays: every row is checked, and what has to be run is found.
+
+Units of work are the touched residues of a wild type, where scores follow from those, else its distinct mutants. Wild types
+of equal sequence are one protein, whatever they are called and in how many tables they stand. Of a row nothing is kept
+but numbers.
+
+Shapes: N rows of a table that can be scored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from .assay import Assay, Entry, Target
+from .errors import InputError
+from .table_writer import ColumnKinds, Rejects
+from .variants import SlipError, Variant, wild_type_variant
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SurveyOptions:
+    """What the first reading asks of a row.
+
+    Attributes:
+        by_site: units are touched residues of the wild type; else distinct mutants.
+        with_wild_type: the wild type is a unit, too, the first of its protein.
+        check: raises InputError for a variant that cannot be scored.
+        on_error: "error" stops at the first row that cannot be scored; "skip" goes on without it.
+        truth_column: measurements to hold scores against; tables without it have none. None asks for none.
+    """
+
+    by_site: bool
+    with_wild_type: bool = False
+    check: Callable[[Variant], None] = lambda variant: None
+    on_error: Literal["error", "skip"] = "error"
+    truth_column: str | None = None
+
+
+@dataclass(eq=False)
+class Protein:
+    """A wild type, and what is to be run of it.
+
+    Attributes:
+        wild_type: its residues.
+        places: touched residues, from 0, in order, where units are those.
+        units: the number of each distinct mutant, by a hash of its sequence, where units are those.
+        lengths: residues of each distinct mutant.
+    """
+
+    wild_type: str
+    places: list[int] = field(default_factory=list)
+    units: dict[bytes, int] = field(default_factory=dict)
+    lengths: array[int] = field(default_factory=lambda: array("q"))
+
+    def number(self, variant: Variant) -> int:
+        """The unit of a mutant; a new one where it is none yet."""
+        key = hashlib.blake2b(variant.sequence.encode(), digest_size=16).digest()
+        unit = self.units.setdefault(key, len(self.units))
+        if unit == len(self.lengths):
+            self.lengths.append(len(variant.sequence))
+        return unit
+
+
+@dataclass(eq=False)
+class SurveyedAssay:
+    """What the first reading found in a table.
+
+    Attributes:
+        assay: the table.
+        accepted: for each row of the table, whether it can be scored.
+        flagged: rows with letters replaced by X, in the mutant or its wild type.
+        kinds: of its columns, as `TableWriter` takes them.
+        target_ids: wild types that its rows name, in order of appearance.
+        targets: which of them each row names, (N,).
+        units: the unit of each row where units are mutants, (N,).
+        singles: whether each row is a single substitution, (N,).
+        truths: measurements (N,), NaN where the cell is empty; None without such a column.
+    """
+
+    assay: Assay
+    accepted: array[int] = field(default_factory=lambda: array("b"))
+    flagged: int = 0
+    kinds: tuple[Any, ...] = ()
+    target_ids: dict[str, int] = field(default_factory=dict)
+    targets: array[int] = field(default_factory=lambda: array("i"))
+    units: array[int] = field(default_factory=lambda: array("q"))
+    singles: array[int] = field(default_factory=lambda: array("b"))
+    truths: array[float] | None = None
+
+    @property
+    def rows(self) -> int:
+        """Of the table."""
+        return len(self.accepted)
+
+    @property
+    def rejected(self) -> int:
+        """Rows that cannot be scored."""
+        return self.rows - len(self.targets)
+
+    def entries(self) -> Iterator[Entry]:
+        """The N rows that can be scored, read again."""
+        return (entry for entry, fine in zip(self.assay.entries(), self.accepted, strict=True) if fine)
+
+    def is_single(self) -> npt.NDArray[np.bool_]:
+        """bool (N,)."""
+        return np.array(self.singles, dtype=bool)
+
+
+@dataclass(frozen=True, eq=False)
+class Survey:
+    """What the first reading found in all tables.
+
+    Attributes:
+        assays: one for each table.
+        proteins: by the wild type's residues, in order of appearance.
+    """
+
+    assays: list[SurveyedAssay]
+    proteins: dict[str, Protein]
+
+    @property
+    def rows(self) -> int:
+        return sum(assay.rows for assay in self.assays)
+
+    @property
+    def rejected(self) -> int:
+        return sum(assay.rejected for assay in self.assays)
+
+
+def survey_assays(assays: Sequence[Assay], options: SurveyOptions, *, rejects: Path | None = None) -> Survey:
+    """Reads all tables once.
+
+    Args:
+        assays: the tables.
+        options: what is asked of a row.
+        rejects: where rows that cannot be scored are listed; the file is written only if there are any.
+
+    Raises:
+        InputError: a row cannot be scored under on_error="error", or none can; names file, line, row and mutant.
+    """
+    survey = Survey([], {})
+    places: dict[str, set[int]] = {}
+    with nullcontext() if rejects is None else Rejects(rejects) as listed:
+        for assay in assays:
+            survey.assays.append(_survey(assay, options, survey.proteins, places, listed))
+    for wild_type, protein in survey.proteins.items():
+        protein.places = sorted(places.get(wild_type, ()))
+    return survey
+
+
+def _survey(
+    assay: Assay,
+    options: SurveyOptions,
+    proteins: dict[str, Protein],
+    places: dict[str, set[int]],
+    rejects: Rejects | None,
+) -> SurveyedAssay:
+    found = SurveyedAssay(assay)
+    columns = assay.source.columns
+    kinds = ColumnKinds(len(columns))
+    truth = columns.index(options.truth_column) if options.truth_column in columns else None
+    if truth is not None:
+        found.truths = array("d")
+    hinted: set[str] = set()
+    for entry in assay.entries():
+        problem, value = entry.problem, math.nan
+        if entry.variant is not None:
+            try:
+                options.check(entry.variant)
+                value = _measurement(entry, truth, options.truth_column)
+            except InputError as error:
+                problem = error
+        if problem is not None:
+            entry = entry._replace(problem=problem)
+            if options.on_error == "error":
+                raise assay.locate(entry)
+            found.accepted.append(False)
+            _reject(assay, entry, rejects, hinted)
+            continue
+        assert entry.target is not None
+        assert entry.variant is not None
+        found.accepted.append(True)
+        kinds.see(entry.row.cells)
+        if found.truths is not None:
+            found.truths.append(value)
+        _take(found, entry.target, entry.variant, options, proteins, places)
+    text = all(kind == "text" for kind in assay.source.kinds)
+    found.kinds = kinds.kinds if text else assay.source.kinds
+    if found.rejected == found.rows:
+        message = f"none of its {found.rows:,} rows can be scored" + (f"; see {rejects.path}" if rejects else "")
+        raise InputError(message, file=assay.source.path)
+    return found
+
+
+def _measurement(entry: Entry, place: int | None, column: str | None) -> float:
+    if place is None or entry.row.cells[place] in (None, ""):
+        return math.nan
+    try:
+        return float(entry.row.cells[place])
+    except (TypeError, ValueError):
+        message = f"{column} is {entry.row.cells[place]!r}, expected a number"
+        raise InputError(message) from None
+
+
+def _reject(assay: Assay, entry: Entry, rejects: Rejects | None, hinted: set[str]) -> None:
+    assert entry.problem is not None
+    target = None if entry.target is None else entry.target.id
+    if isinstance(entry.problem, SlipError) and target is not None and target not in hinted:
+        # Once for each wild type: it reads the table's beginning.
+        hinted.add(target)
+        if hint := assay.hint(entry):
+            _logger.warning("%s: %s%s", assay.source.path, entry.problem.problem, hint)
+    if rejects is not None:
+        rejects.add(
+            file=assay.source.path,
+            row=entry.row.number,
+            line=entry.row.line,
+            target=target,
+            mutant=assay.mutant(entry.row),
+            reason=entry.problem.problem,
+        )
+
+
+def _take(
+    found: SurveyedAssay,
+    target: Target,
+    variant: Variant,
+    options: SurveyOptions,
+    proteins: dict[str, Protein],
+    places: dict[str, set[int]],
+) -> None:
+    found.targets.append(found.target_ids.setdefault(target.id, len(found.target_ids)))
+    found.singles.append(variant.is_single)
+    found.flagged += bool(variant.flags or target.flags)
+    protein = proteins.get(target.sequence)
+    if protein is None:
+        protein = proteins[target.sequence] = Protein(target.sequence)
+        if options.with_wild_type:
+            protein.number(wild_type_variant(target.sequence))
+    if options.by_site:
+        places.setdefault(target.sequence, set()).update(variant.sites)
+    else:
+        found.units.append(protein.number(variant))
