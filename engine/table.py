@@ -64,9 +64,9 @@ class Table:
     """A table on disk; nothing of it is held but its header.
 
     A .csv is split at commas. Only where that leaves its header a single cell, or cannot be done, are semicolons tried,
-    then tabs; so a header that commas split always means commas, whatever the rows hold. Cells may be quoted with `"` and then hold line ends; a cell may
-    have up to `csv.field_size_limit()` characters, 131,072 unless changed. Blank lines are skipped. A byte-order mark of
-    UTF-8 is dropped. Lines end with LF, CRLF or CR.
+    then tabs; so a header that commas split always means commas, whatever the rows hold. Cells may be quoted with `"`
+    and then hold line ends; a cell may have up to `csv.field_size_limit()` characters, 131,072 unless changed. Blank
+    lines are skipped. A byte-order mark of UTF-8 is dropped. Lines end with LF, CRLF or CR.
 
     A .csv or .tsv whose first line is nothing but a variant (`A24G`, `A24G:H26P`, in capitals) is read as a plain list.
     In plain lists lines that start with `#` are comments.
@@ -146,25 +146,18 @@ class Table:
 
     def _read_header(self) -> tuple[str, int, list[str]]:
         """Delimiter, line and cells of the first row; of a list, the first row itself."""
-        found: tuple[str, int, list[str]] | None = None
-        refused: InputError | None = None
-        for delimiter in ",;\t" if self.kind == "csv" else "\t":
-            try:
-                first = next(self._split(delimiter), None)
-            except InputError as error:
-                refused = refused or (error if found is None else None)
-                continue
-            if first is None:
-                message = "is empty"
-                raise InputError(message, file=self.path)
-            if len(first[1]) > 1:
-                return delimiter, *first
-            if found is None and refused is None:
-                found = delimiter, *first
-        if found is not None:
-            return found
-        assert refused is not None
-        raise refused
+        attempts = [self._try_header(delimiter) for delimiter in (",;\t" if self.kind == "csv" else "\t")]
+        best = next((found for found in attempts if isinstance(found, tuple) and len(found[2]) > 1), attempts[0])
+        if isinstance(best, InputError):
+            raise best
+        return best
+
+    def _try_header(self, delimiter: str) -> tuple[str, int, list[str]] | InputError:
+        try:
+            first = next(self._split(delimiter), None)
+        except InputError as error:
+            return error
+        return InputError("is empty", file=self.path) if first is None else (delimiter, *first)
 
     def _check_columns(self, line: int | None) -> None:
         if not self.columns:
