@@ -299,7 +299,7 @@ class _ParquetSink:
 
     def flush(self) -> None:
         if self._batches:
-            self._file.write_table(pa.Table.from_batches(self._batches, self._schema), row_group_size=_GROUP_ROWS)
+            self._file.write_table(pa.Table.from_batches(self._batches, self._schema), row_group_size=self._rows)
         self._batches, self._rows, self._bytes = [], 0, 0
 
 
