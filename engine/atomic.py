@@ -3,27 +3,39 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls `write` with a temporary path beside `path`, flushes the result to the disk, and renames it into place."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; what was written there is flushed to the disk and renamed into place.
+
+    After an error nothing is left of it, and `path` is what it was.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        write(temporary)
+        yield temporary
         temporary.chmod(0o666 & ~_umask())  # safetensors writes files that only their owner can read
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # What went wrong first is what has to be told.
+            temporary.unlink(missing_ok=True)
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Calls `write` with a temporary path beside `path`, flushes the result to the disk, and renames it into place."""
+    with replacing(path) as temporary:
+        write(temporary)
 
 
 def _umask() -> int:
