@@ -216,7 +216,7 @@ def embed(
     from .formats import check_format, convert
     from .info import peak_memory_bytes, versions
     from .library import LibraryOptions, embed_library
-    from .progress import EmbedProgress
+    from .progress import ResidueProgress
 
     check_format(output_format)
     started = time.perf_counter()
@@ -232,7 +232,7 @@ def embed(
     options = LibraryOptions(
         invalid=invalid, storage_dtype=storage_dtype, shard=(index, count), shard_records=shard_records
     )
-    with EmbedProgress(_console) as progress:
+    with ResidueProgress(_console) as progress:
         result = embed_library(
             fasta, out, embedder, options, details={"versions": versions()}, overwrite=overwrite, progress=progress
         )

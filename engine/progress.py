@@ -1,4 +1,4 @@
-"""The progress bar of `protnest embed`: residues done, residues/s, time left."""
+"""The progress bar of commands that run models: residues done, residues/s, time left."""
 
 from __future__ import annotations
 
@@ -9,14 +9,25 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 
-class EmbedProgress:
-    """Follows `embed_library` on a terminal; elsewhere it only keeps the time.
+class ResidueProgress:
+    """Follows a run on a terminal; elsewhere it only keeps the time.
+
+    Args:
+        console: where the bar is drawn.
+        checking: what is done before anything runs.
+        doing: what is done then, and to what.
 
     Attributes:
         seconds: from the first batch to the end of the run.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(
+        self,
+        console: Console,
+        *,
+        checking: str = "checking the sequences",
+        doing: tuple[str, str] = ("embedding", "sequences"),
+    ) -> None:
         columns = (
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -26,12 +37,13 @@ class EmbedProgress:
             TimeRemainingColumn(),
         )
         self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
-        self._task = self._bar.add_task("checking the sequences", total=None, rate="")
+        self._task = self._bar.add_task(checking, total=None, rate="")
+        self._doing = doing
         self._started = time.perf_counter()
         self._now = 0
         self.seconds = 0.0
 
-    def __enter__(self) -> EmbedProgress:
+    def __enter__(self) -> ResidueProgress:
         self._bar.start()
         return self
 
@@ -42,9 +54,10 @@ class EmbedProgress:
         self._bar.stop()
 
     def start(self, records: int, work: int, done: int) -> None:
-        """The library is known: so many records, so many residues to run, and so many of these done already."""
+        """What is to be done is known: so many records, so many residues to run, and so many of these done already."""
         self._started = time.perf_counter()
-        description = f"embedding {records:,} sequences"
+        verb, noun = self._doing
+        description = f"{verb} {records:,} {noun}"
         self._bar.update(self._task, description=description, total=work, completed=done)
 
     def advance(self, residues: int) -> None:

@@ -39,14 +39,16 @@ class SurveyOptions:
         with_wild_type: the wild type is a unit, too, the first of its protein.
         check: raises InputError for a variant that cannot be scored.
         on_error: "error" stops at the first row that cannot be scored; "skip" goes on without it.
-        truth_column: measurements to hold scores against; tables without it have none. None asks for none.
+        by_place: mutants of equal sequence are distinct where other sites of theirs are named.
+        number_columns: columns to be read as numbers, as measurements to hold scores against; tables may lack them.
     """
 
     by_site: bool
     with_wild_type: bool = False
     check: Callable[[Variant], None] = lambda variant: None
     on_error: Literal["error", "skip"] = "error"
-    truth_column: str | None = None
+    by_place: bool = False
+    number_columns: tuple[str, ...] = ()
 
 
 @dataclass(eq=False)
@@ -65,9 +67,10 @@ class Protein:
     units: dict[bytes, int] = field(default_factory=dict)
     lengths: array[int] = field(default_factory=lambda: array("q"))
 
-    def number(self, variant: Variant) -> int:
+    def number(self, variant: Variant, *, by_place: bool = False) -> int:
         """The unit of a mutant; a new one where it is none yet."""
-        key = hashlib.blake2b(variant.sequence.encode(), digest_size=16).digest()
+        text = f"{variant.sequence} {sorted(variant.sites)}" if by_place else variant.sequence
+        key = hashlib.blake2b(text.encode(), digest_size=16).digest()
         unit = self.units.setdefault(key, len(self.units))
         if unit == len(self.lengths):
             self.lengths.append(len(variant.sequence))
@@ -87,7 +90,7 @@ class SurveyedAssay:
         targets: which of them each row names, (N,).
         units: the unit of each row where units are mutants, (N,).
         singles: whether each row is a single substitution, (N,).
-        truths: measurements (N,), NaN where the cell is empty; None without such a column.
+        numbers: of the columns that were asked for and are there, each (N,), NaN where the cell is empty.
     """
 
     assay: Assay
@@ -98,7 +101,7 @@ class SurveyedAssay:
     targets: array[int] = field(default_factory=lambda: array("i"))
     units: array[int] = field(default_factory=lambda: array("q"))
     singles: array[int] = field(default_factory=lambda: array("b"))
-    truths: array[float] | None = None
+    numbers: dict[str, array[float]] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
@@ -171,16 +174,15 @@ def _survey(
     found = SurveyedAssay(assay)
     columns = assay.source.columns
     kinds = ColumnKinds(len(columns))
-    truth = columns.index(options.truth_column) if options.truth_column in columns else None
-    if truth is not None:
-        found.truths = array("d")
+    places_of = {name: columns.index(name) for name in options.number_columns if name in columns}
+    found.numbers = {name: array("d") for name in places_of}
     hinted: set[str] = set()
     for entry in assay.entries():
-        problem, value = entry.problem, math.nan
+        problem, measured = entry.problem, list[float]()
         if entry.variant is not None:
             try:
                 options.check(entry.variant)
-                value = _measurement(entry, truth, options.truth_column)
+                measured = [_measurement(entry, name, place) for name, place in places_of.items()]
             except InputError as error:
                 problem = error
         if problem is not None:
@@ -194,8 +196,8 @@ def _survey(
         assert entry.variant is not None
         found.accepted.append(True)
         kinds.see(entry.row.cells)
-        if found.truths is not None:
-            found.truths.append(value)
+        for numbers, value in zip(found.numbers.values(), measured, strict=True):
+            numbers.append(value)
         _take(found, entry.target, entry.variant, options, proteins, places)
     text = all(kind == "text" for kind in assay.source.kinds)
     found.kinds = kinds.kinds if text else assay.source.kinds
@@ -205,8 +207,8 @@ def _survey(
     return found
 
 
-def _measurement(entry: Entry, place: int | None, column: str | None) -> float:
-    if place is None or entry.row.cells[place] in (None, ""):
+def _measurement(entry: Entry, column: str, place: int) -> float:
+    if entry.row.cells[place] in (None, ""):
         return math.nan
     try:
         return float(entry.row.cells[place])
@@ -253,4 +255,4 @@ def _take(
     if options.by_site:
         places.setdefault(target.sequence, set()).update(variant.sites)
     else:
-        found.units.append(protein.number(variant))
+        found.units.append(protein.number(variant, by_place=options.by_place))

@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from .alphabet import AMINO_ACIDS
 from .assay import Entry, Source
 from .errors import InputError
 from .score_run import RunResult

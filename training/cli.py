@@ -108,7 +108,7 @@ def fit_chain(
     from rich.console import Console
 
     from ..engine.models import load_model
-    from ..engine.progress import EmbedProgress
+    from ..engine.progress import ResidueProgress
     from .chain_fit import NAIVE
     from .chain_fit import fit_chain as fit
     from .gram_pass import PassOptions, run_pass
@@ -117,7 +117,7 @@ def fit_chain(
     console = Console(stderr=True)
     state = out.with_name(out.name + ".gram") if gram is None else gram
     options = PassOptions(sequences=sequences, max_tokens=max_tokens)
-    with EmbedProgress(console) as progress:
+    with ResidueProgress(console) as progress:
         pair = run_pass(encoders, fasta, state, options, start=progress.start, after_batch=progress.advance)
     chain = fit(pair, regressor=NAIVE if naive else regressor)
     chain.save(out)
@@ -173,7 +173,7 @@ def probe(
 
     from ..engine.chain import Chain
     from ..engine.models import load_model
-    from ..engine.progress import EmbedProgress
+    from ..engine.progress import ResidueProgress
     from ..engine.variants import confine, parse_region, read_scan, read_wild_type
     from .probe import as_report
     from .probe import probe as run
@@ -192,7 +192,7 @@ def probe(
     chains = [Chain.load(file) for file in chain or ()]
     encoders = [load_model(each, device=device, precision=precision) for each in models.split(",")]
     console = Console(stderr=True)
-    with EmbedProgress(console) as progress:
+    with ResidueProgress(console) as progress:
         progress.start(len(scan), len(encoders) * sum(len(each.sequence) for each in scan), 0)
         results = run(encoders, scan, scores, chains=chains, seed=seed, after_batch=progress.advance)
     report = as_report(
@@ -262,7 +262,7 @@ def probe_labels(
 
     from ..engine.chain import Chain
     from ..engine.models import load_model
-    from ..engine.progress import EmbedProgress
+    from ..engine.progress import ResidueProgress
     from .label_task import probe_labels as run
     from .labelled import choose, read_classes, read_states
     from .score_plot import check_plot, draw_scores
@@ -276,7 +276,7 @@ def probe_labels(
     proteins = choose(found, longest=longest, train=train, test=test, seed=seed)
     chains = [Chain.load(file) for file in chain or ()]
     encoders = [load_model(each, device=device, precision=precision) for each in models.split(",")]
-    with EmbedProgress(Console(stderr=True)) as progress:
+    with ResidueProgress(Console(stderr=True)) as progress:
         progress.start(len(proteins), len(encoders) * sum(len(each.sequence) for each in proteins), 0)
         found_report = run(encoders, proteins, chains=chains, seed=seed, after_batch=progress.advance)
     names = [encoder.name for encoder in encoders]
