@@ -79,6 +79,8 @@ def judge(
 ) -> list[Judgement]:
     """Judges the scores of one assay: all variants, then singles and multiples where both have truths.
 
+    NDCG and recall depend on how many variants there are: their intervals are for an assay of this size.
+
     An assay of more than 30,000 variants is drawn less often, so that samples times variants stay about 30 million,
     but 100 times at least: 150,000 variants, nearly all of them multiples, take 200 samples and some 13 s on one core.
 
@@ -108,17 +110,13 @@ def judge(
     members = {"all": np.ones(len(truth), dtype=bool)}
     if (known & is_single).any() and (known & ~is_single).any():
         members |= {"singles": is_single, "multiples": ~is_single}
-    return [
-        Judgement(
-            target=target,
-            subset=subset,
-            variants=int(rows.sum()),
-            left_out=int((member & ~known).sum()),
-            **_measured(truth[rows], score[rows], positive[rows], predicted[rows], samples=samples, seed=seed),
-        )
-        for subset, member in members.items()
-        for rows in (member & known,)
-    ]
+    judgements = []
+    for subset, member in members.items():
+        rows = member & known
+        measured = _measured(truth[rows], score[rows], positive[rows], predicted[rows], samples=samples, seed=seed)
+        left_out = int((member & ~known).sum())
+        judgements.append(Judgement(target=target, subset=subset, left_out=left_out, **measured))
+    return judgements
 
 
 def _floats(values_N: npt.ArrayLike) -> Floats:
@@ -162,7 +160,7 @@ def _check(
 def _measured(
     truth_N: Floats, score_N: Floats, positive_N: Flags, predicted_N: Flags, *, samples: int, seed: int
 ) -> dict[str, Any]:
-    """Positives, samples and measures of a judgement."""
+    """What a judgement says of the rows that it is made on."""
     rows = len(truth_N)
     samples = min(samples, max(_FEWEST_SAMPLES, _ROWS_DRAWN // max(rows, 1)))
     values = {
@@ -177,12 +175,12 @@ def _measured(
         resampling = Resampling(truth_N, score_N, positive_N, predicted_N)
         drawn = [resampling.measures(times_N) for times_N in repeats(rows, samples=samples, seed=seed)]
     measures = {name: _measure(value, _floats([each[name] for each in drawn])) for name, value in values.items()}
-    return {"positives": int(positive_N.sum()), "samples": samples, **measures}
+    return {"variants": rows, "positives": int(positive_N.sum()), "samples": samples, **measures}
 
 
 def _measure(value: float, values_S: Floats) -> Measure:
-    """A value that is not defined has no interval, whatever some samples have."""
-    low, high = interval(values_S) if math.isfinite(value) else (math.nan, math.nan)
+    """With the interval of the samples where it is defined; where the value is not, no sample's is."""
+    low, high = interval(values_S)
     return Measure(value=finite(value), low=finite(low), high=finite(high))
 
 
