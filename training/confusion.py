@@ -10,6 +10,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from ..engine.bootstrap import repeats
+
 Floats = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.int64]
 
@@ -46,6 +48,5 @@ def macro_f1(counts_CC: Floats) -> Floats:
 def bootstrapped(counts_BCC: Floats, *, samples: int = 1000, seed: int = 0) -> Floats:
     """Counts over proteins drawn with replacement, the same ones for the same B and seed: fp64 (S, C, C)."""
     B, C, _ = counts_BCC.shape
-    drawn_SB = np.random.default_rng(seed).integers(B, size=(samples, B))
-    times_SB = np.stack([np.bincount(drawn_B, minlength=B) for drawn_B in drawn_SB]).astype(np.float64)
+    times_SB = np.stack(list(repeats(B, samples=samples, seed=seed))).astype(np.float64)
     return (times_SB @ counts_BCC.reshape(B, C * C)).reshape(samples, C, C)

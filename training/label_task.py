@@ -15,15 +15,16 @@ from typing import Any
 
 import numpy as np
 
+from ..engine.bootstrap import finite, interval
 from ..engine.chain import Chain
 from ..engine.embedder import Embedder
 from ..engine.encoder import Encoder
 from ..engine.errors import InputError
 from ..engine.family import Family
-from .bootstrap import Against, finite, held_against, interval
 from .confusion import Floats, Labels, accuracy, bootstrapped, confusions, macro_f1
 from .label_probe import LabelProbe, fold_of
 from .labelled import Labelled
+from .paired_difference import Against, held_against
 from .representation import Representation, representations, rivals
 
 _PROTEINS_AT_ONCE = 64

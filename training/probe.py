@@ -14,15 +14,17 @@ from typing import Any
 
 import numpy as np
 
+from ..engine.bootstrap import bootstrap_spearman, finite, interval
 from ..engine.chain import Chain
 from ..engine.embedder import Embedder
 from ..engine.encoder import Encoder
 from ..engine.errors import InputError
 from ..engine.family import Family
+from ..engine.ranking import spearman
 from ..engine.variants import Variant
-from .bootstrap import Against, finite, held_against, interval
+from .paired_difference import Against, held_against
 from .representation import representations, rivals
-from .ridge_probe import FOLDS, Floats, bootstrap_spearman, cross_validated, spearman, split
+from .ridge_probe import FOLDS, Floats, cross_validated, split
 
 _VARIANTS_AT_ONCE = 128
 POOLINGS = ("mean", "site")

@@ -1,4 +1,4 @@
-"""A ridge probe with cross-validation, and how well its predictions rank.
+"""A ridge probe with cross-validation.
 
 Five folds; in each, the strength is the one of a grid with the least squared error over the remaining folds, each left
 out in turn. Everything follows from one Gram a fold, of features and target side by side.
@@ -8,7 +8,6 @@ Shapes: N examples, P features.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -107,30 +106,3 @@ def _best_strength(grams: list[Gram]) -> float:
         solver = _Solver.of(merged([gram for other, gram in enumerate(grams) if other != place]))
         errors += [solver.error(left_out, strength) * left_out.count for strength in STRENGTHS]
     return STRENGTHS[int(errors.argmin())]
-
-
-def ranks(values_N: Floats) -> Floats:
-    """Ranks from 1, ties sharing their mean: fp64 (N,)."""
-    order = values_N.argsort(kind="stable")
-    sorted_N = values_N[order]
-    begins = np.flatnonzero(np.concatenate(([True], sorted_N[1:] != sorted_N[:-1])))
-    ends = np.append(begins[1:], len(values_N))
-    out = np.empty(len(values_N))
-    out[order] = np.repeat((begins + ends + 1) / 2, ends - begins)
-    return out
-
-
-def spearman(one_N: Floats, other_N: Floats) -> float:
-    """Spearman's rank correlation; NaN where one of them does not vary or there are fewer than three."""
-    if len(one_N) < 3:
-        return float("nan")
-    a, b = (each - each.mean() for each in (ranks(one_N), ranks(other_N)))
-    scale = float(np.sqrt((a @ a) * (b @ b)))
-    return float(a @ b) / scale if scale > 0 else float("nan")
-
-
-def bootstrap_spearman(one_N: Floats, other_N: Floats, *, samples: int = 1000, seed: int = 0) -> Floats:
-    """`spearman` over examples drawn with replacement, the same ones for the same N and seed: fp64 (samples,)."""
-    rng = np.random.default_rng(seed)
-    drawn = [rng.integers(len(one_N), size=len(one_N)) for _ in itertools.repeat(None, samples)]
-    return np.array([spearman(one_N[rows], other_N[rows]) for rows in drawn])

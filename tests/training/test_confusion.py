@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from protnest.training.bootstrap import interval
+from protnest.engine.bootstrap import interval
 from protnest.training.confusion import accuracy, bootstrapped, confusions, macro_f1
 
 

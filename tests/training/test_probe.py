@@ -1,4 +1,4 @@
-"""Probes: ridge with cross-validation against the textbook's, ranks, intervals; rows of a chain from pooled embeddings.
+"""Probes: ridge with cross-validation against the textbook's; rows of a chain from pooled embeddings.
 
 Shapes: N examples, P features.
 """
@@ -14,12 +14,12 @@ import pytest
 from protnest.engine import Embedder, InputError
 from protnest.engine.checkpoint import save_checkpoint
 from protnest.engine.cli import app
+from protnest.engine.ranking import spearman
 from protnest.engine.variants import Variant, parse_variant
 from protnest.training import ridge_probe
-from protnest.training.bootstrap import interval
 from protnest.training.probe import probe, variant_features
 from protnest.training.representation import chain_rows, representations, rivals
-from protnest.training.ridge_probe import FOLDS, bootstrap_spearman, cross_validated, ranks, spearman, split
+from protnest.training.ridge_probe import FOLDS, cross_validated, split
 from typer.testing import CliRunner
 
 from support.families import random_chain, tiny_family
@@ -100,35 +100,6 @@ def test_split_is_even_and_seeded() -> None:
     assert np.array_equal(folds, split(83))
     assert not np.array_equal(folds, split(83, seed=1))
     assert (np.diff(folds) != 1).any()
-
-
-def test_ranks_and_spearman() -> None:
-    values = np.array([3.0, 1.0, 3.0, 2.0, 3.0])
-    assert ranks(values).tolist() == [4.0, 1.0, 4.0, 2.0, 4.0]
-    assert ranks(np.array([])).tolist() == []
-    rng = np.random.default_rng(0)
-    one, other = rng.permutation(50).astype(float), rng.permutation(50).astype(float)
-    difference = ranks(one) - ranks(other)
-    assert spearman(one, other) == pytest.approx(1 - 6 * (difference @ difference) / (50 * (50**2 - 1)))
-    assert spearman(one, np.exp(one / 10)) == pytest.approx(1)
-    assert spearman(one, -one) == pytest.approx(-1)
-    assert np.isnan(spearman(one, np.ones(50)))
-    assert np.isnan(spearman(one[:2], other[:2]))
-
-
-def test_bootstrap_interval_covers() -> None:
-    """Of 60 draws from a known correlation, at least 50 intervals hold it: 57 are expected."""
-    rng = np.random.default_rng(5)
-    truth = 6 / np.pi * np.arcsin(0.6 / 2)
-    hits = 0
-    for _ in range(60):
-        pair = rng.multivariate_normal([0, 0], [[1, 0.6], [0.6, 1]], size=120)
-        low, high = interval(bootstrap_spearman(pair[:, 0], pair[:, 1], samples=200))
-        assert low < high
-        hits += low <= truth <= high
-    assert hits >= 50
-    assert np.array_equal(bootstrap_spearman(pair[:, 0], pair[:, 1]), bootstrap_spearman(pair[:, 0], pair[:, 1]))
-    assert np.isnan(interval(bootstrap_spearman(np.ones(9), np.ones(9)))).all()
 
 
 def test_features_are_means_over_all_residues_and_over_sites() -> None:

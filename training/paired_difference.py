@@ -1,17 +1,17 @@
-"""Percentile intervals of bootstrapped scores, and of their differences, which are paired: same draws for all.
+"""One representation's score beside another's, with an interval that is paired: the same draws for both.
 
 Shapes: S bootstrap samples.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from ..engine.bootstrap import finite, interval
 from .representation import Representation
 
 Floats = npt.NDArray[np.float64]
@@ -31,20 +31,6 @@ class Against:
     difference: float | None
     low: float | None
     high: float | None
-
-
-def interval(values_S: Floats, *, level: float = 0.95) -> tuple[float, float]:
-    """Percentile interval of the finite values; NaN where there are none."""
-    values_S = values_S[np.isfinite(values_S)]
-    if not values_S.size:
-        return float("nan"), float("nan")
-    low, high = np.quantile(values_S, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
-def finite(value: float) -> float | None:
-    """None in the place of NaN, which JSON does not have."""
-    return value if math.isfinite(value) else None
 
 
 def held_against(
