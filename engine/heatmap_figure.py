@@ -67,7 +67,9 @@ def draw_figure(landscape: Landscape) -> Any:
     layer.set_ylim(paper.height, 0)
     colours = LinearSegmentedColormap.from_list("scores", COLOURS).with_extremes(bad=_UNKNOWN)
     norm = Normalize(-landscape.limit, landscape.limit)
-    _draw_header(figure, layer, paper, landscape, any(block.boxes for block in blocks), (colours, norm))
+    marks = [("unknown", "not known")] * any(np.isnan(block.scores_AC[:, block.shown_C]).any() for block in blocks)
+    marks += [("box", "named in the table")] * any(block.boxes for block in blocks)
+    _draw_header(figure, layer, paper, landscape, marks, (colours, norm))
     means = _mean_range(landscape)
     for number, block in enumerate(blocks):
         top = _HEADER + number * (paper.block + _BLOCK_GAP)
@@ -98,7 +100,12 @@ def _add_axes(figure: Any, paper: _Paper, left: float, top: float, width: float,
 
 
 def _draw_header(
-    figure: Any, layer: Any, paper: _Paper, landscape: Landscape, boxed: bool, mapping: tuple[Any, Any]
+    figure: Any,
+    layer: Any,
+    paper: _Paper,
+    landscape: Landscape,
+    marks: list[tuple[str, str]],
+    mapping: tuple[Any, Any],
 ) -> None:
     room = paper.width - _LEFT - _RIGHT - _BAR_WIDTH - 0.3
     _write(layer, _LEFT, 0.3, landscape.target, room, size=13.0, weight="bold", color=_INK)
@@ -107,7 +114,7 @@ def _draw_header(
     if left_out := _left_out(landscape):
         about += f"; nothing known of {left_out}"
     _write(layer, _LEFT, 0.53, about, room, size=8.0, color=_SOFT_INK)
-    key = [("dot", "wild type"), ("unknown", "not known")] + [("box", "named in the table")] * boxed
+    key = [("dot", "wild type"), *marks]
     x = _LEFT + 0.05
     for kind, text in key:
         if kind == "dot":
