@@ -17,11 +17,11 @@ from .palette import CHEMISTRY, COLOURS
 
 _POINTS = 72.0
 _LEFT, _RIGHT = 1.25, 0.4
-_HEADER, _FOOTER = 1.05, 0.2
+_HEADER, _FOOTER = 1.15, 0.2
 _TRACK, _TRACK_GAP = 0.34, 0.1
 _UNDER_CELLS = 0.38
 _BLOCK_GAP = 0.26
-_NARROWEST_PAPER = 7.0
+_NARROWEST_PAPER = 7.5
 _BAR_WIDTH = 2.2
 _INK, _SOFT_INK, _UNKNOWN = "#222222", "#6b6b6b", "#d4d4d4"
 _ENTROPY_COLOUR = "#8a8fa3"
@@ -110,20 +110,21 @@ def _draw_header(
     room = paper.width - _LEFT - _RIGHT - _BAR_WIDTH - 0.3
     _write(layer, _LEFT, 0.3, landscape.target, room, size=13.0, weight="bold", color=_INK)
     last = landscape.first + landscape.length - 1
-    about = f"{landscape.method}, {landscape.model}; residues {landscape.first} to {last}"
+    reach = f"residues {landscape.first} to {last}"
     if left_out := _left_out(landscape):
-        about += f"; nothing known of {left_out}"
-    _write(layer, _LEFT, 0.53, about, room, size=8.0, color=_SOFT_INK)
+        reach += f"; nothing known of {left_out}"
+    _write(layer, _LEFT, 0.5, f"{landscape.method}, {landscape.model}", room, size=8.0, color=_SOFT_INK)
+    _write(layer, _LEFT, 0.66, reach, room, size=8.0, color=_SOFT_INK)
     key = [("dot", "wild type"), *marks]
     x = _LEFT + 0.05
     for kind, text in key:
         if kind == "dot":
-            layer.plot([x], [0.73], marker="o", markersize=3, color=_INK, linestyle="none")
+            layer.plot([x], [0.84], marker="o", markersize=3, color=_INK, linestyle="none")
         else:
             face = _UNKNOWN if kind == "unknown" else "none"
             edge = _INK if kind == "box" else "none"
-            layer.plot([x], [0.73], marker="s", markersize=6, markerfacecolor=face, markeredgecolor=edge)
-        layer.text(x + 0.11, 0.73, text, size=7.5, color=_SOFT_INK, va="center_baseline")
+            layer.plot([x], [0.84], marker="s", markersize=6, markerfacecolor=face, markeredgecolor=edge)
+        layer.text(x + 0.11, 0.84, text, size=7.5, color=_SOFT_INK, va="center_baseline")
         x += 0.3 + 0.055 * len(text)
     from matplotlib.cm import ScalarMappable
 
@@ -138,7 +139,7 @@ def _draw_header(
 
 def _write(layer: Any, x: float, y: float, text: str, room: float, *, size: float, **style: Any) -> None:
     """A line of text that fits into `room`: set smaller first, then cut."""
-    per_letter = 0.62 / _POINTS  # mean width of a letter, in font sizes
+    per_letter = (0.68 if style.get("weight") == "bold" else 0.56) / _POINTS  # mean width of one, in font sizes
     fitting = room / (per_letter * max(1, len(text)))
     size = min(size, max(6.5, fitting))
     most = int(room / (per_letter * size))

@@ -22,7 +22,7 @@ GAP = -1
 """Stands in a column of no residue, between two stretches."""
 
 _SHORTEST_LEFT_OUT = 10
-_GAP_COLUMNS = 2
+_GAP_COLUMNS = 3
 _TICKS_EVERY = 10
 _ROOM_OF_A_TICK = 4
 _COLUMNS = 100

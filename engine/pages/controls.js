@@ -16,26 +16,54 @@ function redraw() {
   });
 }
 
-function fit(canvas, height) {
+/** Makes a canvas of that many CSS pixels and returns its context, which draws in these. */
+function fit(canvas, width, height) {
   const ratio = window.devicePixelRatio || 1;
-  const [wide, high] = [Math.round(canvas.clientWidth * ratio), Math.round(height * ratio)];
+  const [wide, high] = [Math.round(width * ratio), Math.round(height * ratio)];
   if (canvas.width !== wide || canvas.height !== high) {
     canvas.width = wide;
     canvas.height = high;
-    canvas.style.height = `${height}px`;
   }
   const context = canvas.getContext("2d");
   context.setTransform(ratio, 0, 0, ratio, 0, 0);
   return context;
 }
 
+// What is slow to draw, with what it was drawn for: moving the pointer must not draw a thousand residues anew.
+const layers = { base: document.createElement("canvas"), overview: document.createElement("canvas") };
+const drawnFor = {};
+
+function refresh(name, state, draw) {
+  const key = JSON.stringify([state, window.devicePixelRatio]);
+  if (drawnFor[name] === key) return;
+  drawnFor[name] = key;
+  draw();
+}
+
+/** Puts a layer onto a visible canvas of the same size. */
+function put(layer, canvas, width, height) {
+  canvas.style.height = `${height}px`;
+  const context = fit(canvas, width, height);
+  context.drawImage(layer, 0, 0, width, height);
+  return context;
+}
+
 function drawAll() {
   const colours = theme();
-  shape = geometry(map.clientWidth);
-  drawMap(fit(map, shape.height), map.clientWidth, colours);
+  const width = map.clientWidth;
+  shape = geometry(width);
+  const orders = [view.positionOrder, view.acidOrder];
+  refresh("base", [shape, colours, orders, view.from, view.span], () => {
+    drawBase(fit(layers.base, width, shape.height), shape, colours);
+  });
+  drawTop(put(layers.base, map, width, shape.height), shape, colours);
   const high = entropies ? 62 : 34;
-  drawOverview(fit(overview, high), overview.clientWidth, high, colours);
-  drawScale(byId("scale"), byId("scale-ticks"));
+  refresh("overview", [width, colours, orders], () => {
+    drawOverview(fit(layers.overview, width, high), width, high, colours);
+  });
+  drawWindow(put(layers.overview, overview, width, high), width, high, colours);
+  const scale = byId("scale");
+  refresh("scale", [scale.clientWidth], () => drawScale(scale, byId("scale-ticks")));
 }
 
 function tell(text) {
@@ -283,7 +311,8 @@ byId("save-png").addEventListener("click", () => {
     write(context, shown(end * data.limit), width - 130 + end * 110, 36, { size: 10, colour: colours.soft });
   });
   context.translate(0, head);
-  drawMap(context, width, colours);
+  drawBase(context, shape, colours);
+  drawTop(context, shape, colours);
   canvas.toBlob((blob) => save(blob, "png"), "image/png");
 });
 

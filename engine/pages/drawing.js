@@ -30,7 +30,7 @@ function rgbOf(text) {
 
 /** Sizes of the map for a width of paper. */
 function geometry(width) {
-  const row = Math.max(15, Math.min(22, (window.innerHeight - 450) / 20));
+  const row = Math.max(15, Math.min(22, (window.innerHeight - 435) / 20));
   const tracks = (TRACK + TRACK_GAP) * (entropies ? 2 : 1);
   return { width, row, tracks, left: GUTTER, plot: Math.max(40, width - GUTTER - 8), height: tracks + 20 * row + LETTERS + NUMBERS };
 }
@@ -220,12 +220,11 @@ function drawFocus(context, colours, shape, cell, thickness) {
   context.fillRect(x, shape.tracks + 20 * shape.row + 1, width, 2);
 }
 
-/** The map: tracks, cells, marks, letters and numbers. */
-function drawMap(context, width, colours) {
-  const shape = geometry(width);
+/** What of the map stays while the pointer moves: tracks, cells, marks, letters and numbers. */
+function drawBase(context, shape, colours) {
   paintCells(colours);
   context.fillStyle = colours.paper;
-  context.fillRect(0, 0, width, shape.height);
+  context.fillRect(0, 0, shape.width, shape.height);
   const first = Math.floor(view.from);
   const last = Math.min(LENGTH, Math.ceil(view.from + view.span));
   drawTracks(context, colours, { x: shape.left, y: 0, width: shape.plot, height: shape.tracks }, view.from, view.span);
@@ -240,22 +239,36 @@ function drawMap(context, width, colours) {
     context.drawImage(cells, first, row, last - first, 1, ...target);
   }
   drawMarks(context, colours, shape, first, last);
+  context.restore();
+  drawNumbers(context, colours, shape, first, last);
+}
+
+/** What changes with the pointer: the cells in focus, and the letters of their rows. */
+function drawTop(context, shape, colours) {
+  context.save();
+  context.beginPath();
+  context.rect(shape.left, shape.tracks, shape.plot, 20 * shape.row + 4);
+  context.clip();
   if (view.selected) drawFocus(context, colours, shape, view.selected, view.pinned ? 2.5 : 1.5);
   if (view.hovered) drawFocus(context, colours, shape, view.hovered, 1.5);
   context.restore();
   drawGutter(context, colours, shape);
-  drawNumbers(context, colours, shape, first, last);
-  return shape;
 }
 
-/** All residues, and the window that the map shows of them. */
+const overviewBox = (width, height) => ({ x: GUTTER, y: 3, width: Math.max(40, width - GUTTER - 8), height: height - 3 });
+
+/** All residues. */
 function drawOverview(context, width, height, colours) {
-  const box = { x: GUTTER, y: 3, width: Math.max(40, width - GUTTER - 8), height: height - 3 };
   context.fillStyle = colours.paper;
   context.fillRect(0, 0, width, height);
-  drawTracks(context, colours, box, 0, LENGTH);
+  drawTracks(context, colours, overviewBox(width, height), 0, LENGTH);
   write(context, "all", GUTTER - 34, height / 2 - 6, { align: "right", colour: colours.soft, size: 10.5 });
   write(context, "residues", GUTTER - 34, height / 2 + 6, { align: "right", colour: colours.soft, size: 10.5 });
+}
+
+/** The window that the map shows of them. */
+function drawWindow(context, width, height, colours) {
+  const box = overviewBox(width, height);
   const left = box.x + (view.from / LENGTH) * box.width;
   const right = box.x + ((view.from + view.span) / LENGTH) * box.width;
   context.fillStyle = colours.veil;
