@@ -81,7 +81,7 @@ def draw_figure(landscape: Landscape) -> Any:
 
 def resolution(figure: Any) -> float:
     """Dots an inch: 200, and less where a very long protein would make more dots than a picture may have."""
-    return min(200.0, _MOST_PIXELS / max(figure.get_size_inches()))
+    return min(200.0, _MOST_PIXELS / float(max(figure.get_size_inches())))
 
 
 def _choose_paper(landscape: Landscape, blocks: tuple[Block, ...]) -> _Paper:
@@ -245,9 +245,9 @@ def _draw_margins(layer: Any, paper: _Paper, top: float, block: Block) -> None:
         layer.text(_LEFT - 0.11, y, acid, size=size, color=_INK, ha="center", va="center_baseline")
     row = 0
     for name, acids in CHEMISTRY:
-        y = top + row * paper.cell + 0.02, top + (row + len(acids)) * paper.cell - 0.02
-        layer.plot([_LEFT - 0.22] * 2, y, color=_SOFT_INK, linewidth=0.7, solid_capstyle="butt")
-        layer.text(_LEFT - 0.3, sum(y) / 2, name, size=7, color=_SOFT_INK, ha="right", va="center_baseline")
+        ends = top + row * paper.cell + 0.02, top + (row + len(acids)) * paper.cell - 0.02
+        layer.plot([_LEFT - 0.22] * 2, ends, color=_SOFT_INK, linewidth=0.7, solid_capstyle="butt")
+        layer.text(_LEFT - 0.3, sum(ends) / 2, name, size=7, color=_SOFT_INK, ha="right", va="center_baseline")
         row += len(acids)
     for column, letter in block.letters:
         x = _LEFT + (column + 0.5) * paper.cell

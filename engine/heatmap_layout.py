@@ -5,6 +5,7 @@ Shapes: L residues of the protein, A the 20 amino acids in the order of `ROWS`, 
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -75,7 +76,7 @@ def find_stretches(landscape: Landscape) -> list[tuple[int, int]]:
         return [(0, landscape.length)]
     # One before the first and one after the last close the runs of unknown residues at both ends.
     edges = [-1, *known.tolist(), landscape.length]
-    holes = [(left + 1, right) for left, right in zip(edges, edges[1:], strict=False)]
+    holes = [(left + 1, right) for left, right in itertools.pairwise(edges)]
     left_out = [hole for hole in holes if hole[1] - hole[0] >= _SHORTEST_LEFT_OUT]
     starts = [0, *(stop for _, stop in left_out)]
     stops = [*(start for start, _ in left_out), landscape.length]
@@ -83,8 +84,8 @@ def find_stretches(landscape: Landscape) -> list[tuple[int, int]]:
 
 
 def choose_width(columns: int) -> int:
-    """Columns of a block: about 100, and more for long proteins, whose picture would else be a ribbon. A multiple of ten
-    that leaves no last block of a few residues."""
+    """Columns of a block: about 100, and more for long proteins, whose picture would else be a ribbon. A multiple of
+    ten that leaves no last block of a few residues."""
     wanted = max(_COLUMNS, math.sqrt(_ASPECT * columns))
     blocks = max(1, round(columns / wanted))
     return 10 * math.ceil(columns / blocks / 10)

@@ -83,13 +83,14 @@ class Landscape:
         """float32 (L,): mean score of the known substitutions at each place; NaN where there are none."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Mean of empty slice")
-            return np.nanmean(self.substitutions_LA, axis=1, dtype=np.float64).astype(np.float32)
+            mean_L = np.nanmean(self.substitutions_LA, axis=1, dtype=np.float64)
+        return np.asarray(mean_L, dtype=np.float32)
 
     @cached_property
     def known_L(self) -> npt.NDArray[np.bool_]:
         """bool (L,): places of which anything is known, the score of a substitution or the entropy."""
-        known_L = np.isfinite(self.substitutions_LA).any(axis=1)
-        return known_L if self.entropy_L is None else known_L | np.isfinite(self.entropy_L)
+        known_L = np.asarray(np.isfinite(self.substitutions_LA).any(axis=1))
+        return known_L if self.entropy_L is None else np.asarray(known_L | np.isfinite(self.entropy_L))
 
     @cached_property
     def limit(self) -> float:

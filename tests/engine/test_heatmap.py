@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import re
 import struct
 from pathlib import Path
@@ -93,7 +94,7 @@ def test_ticks_do_not_touch() -> None:
         for block in lay_out(make_landscape(long_wild_type(length), first=8)):
             places = [place for place, _ in block.ticks]
             assert places == sorted(places)
-            assert all(right - left >= 4 for left, right in zip(places, places[1:], strict=False))
+            assert all(right - left >= 4 for left, right in itertools.pairwise(places))
             tenths = [place for place, site in enumerate(block.sites_C) if (site + 8) % 10 == 0]
             assert set(tenths) <= set(places)
             assert places
