@@ -190,7 +190,7 @@ def test_wheel_holds_the_packages_and_nothing_else() -> None:
         if name.split("/")[0] in FOLDERS
         and name.endswith((".py", ".typed", ".safetensors", "config.json", "vocab.txt"))
     }
-    expected |= {f"protnest/{name}" for name in _git_files() if name.startswith("engine/bundled/")}
+    expected |= {f"protnest/{name}" for name in _git_files() if name.startswith(("engine/bundled/", "engine/pages/"))}
     extension = {name for name in files if re.fullmatch(r"protnest/kernels/_C\..*\.so", name)}
     assert len(extension) == 1
     assert files - extension == expected
