@@ -222,8 +222,8 @@ class Assay:
         known = ", ".join([*self._targets][:10])
         if name is None:
             message = (
-                f"does not say whose variants it holds: it has no column {self.options.target_column!r}, its name is none "
-                f"of the {len(self._targets)} wild types' ({known}, ...), and --target names none"
+                f"does not say whose variants it holds: it has no column {self.options.target_column!r}, its name is "
+                f"none of the {len(self._targets)} wild types' ({known}, ...), and --target names none"
             )
             raise InputError(message, file=self.source.path)
         if name not in self._targets:
@@ -273,7 +273,7 @@ class Assay:
         if sequence:
             given = variant_of_sequence(sequence, wild_type, invalid=invalid)
             if given.sequence != variant.sequence:
-                message = f"variant {name!r}: {self.options.sequence_column} is another one ({given.name} of {wild_type[:10]}...)"
+                message = f"variant {name!r}: {self.options.sequence_column} holds another one, {given.name[:60]}"
                 raise InputError(message)
         return variant
 

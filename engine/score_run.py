@@ -1,8 +1,8 @@
 """Scoring assays: tables of variants in, the same tables with a score out, in bounded memory, resumable.
 
-A table is read up to three times. The first reading (`score_survey`) checks every row and finds the units of work. Units
-of all tables run once each, model by model; where they are mutants, the second reading brings their sequences back. The
-last reading looks scores up and writes them beside the table's own columns.
+A table is read up to three times. The first reading (`score_survey`) checks every row and finds the units of work.
+Units of all tables run once each, model by model; where they are mutants, the second reading brings their sequences
+back. The last reading (`score_table`) looks scores up and writes them beside the table's own columns.
 
 Shapes: N rows of a table that can be scored, U units of a protein, V vocabulary.
 """

@@ -1,10 +1,10 @@
 """What a scoring run has computed so far, on disk, so that a killed run goes on where it stopped.
 
     run.json                     schema version and resolved settings
-    MODEL-TARGET.safetensors     `values`: what is known of a wild type's units (see `score_run`), the first so many
+    MODEL-PROTEIN.safetensors    `values` of a protein's units (see `score_survey`), of the first so many
 
-Units are computed in an order that depends on the settings alone, in chunks; a file holds whole chunks. So a resumed run
-repeats an interrupted one bit for bit.
+Units are computed in an order that depends on the settings alone, in chunks; a file holds whole chunks. So a resumed
+run repeats an interrupted one bit for bit.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The first reading of assays: every row is checked, and what has to be run is found.
 
-Units of work are the touched residues of a wild type, where scores follow from those, else its distinct mutants. Wild types
-of equal sequence are one protein, whatever they are called and in how many tables they stand. Of a row nothing is kept
-but numbers.
+Units of work are the touched residues of a wild type, where scores follow from those, else its distinct mutants. Wild
+types of equal sequence are one protein, whatever they are called and in how many tables they stand. Of a row nothing is
+kept but numbers.
 
 Shapes: N rows of a table that can be scored.
 """

@@ -1,6 +1,6 @@
 """The last reading of a table: each row's score is looked up in what was run, and written beside the row's own cells.
 
-Shapes: N rows of a table that can be scored, n of them at a time, M models, L residues of a wild type, A = 20 amino acids.
+Shapes: N rows of a table that can be scored, n of them at a time, M models.
 """
 
 from __future__ import annotations

@@ -162,6 +162,24 @@ def probe(
     plot: Annotated[
         Path | None, typer.Option(help="Picture of score against size: .png, .svg or .pdf; needs matplotlib.")
     ] = None,
+    save: Annotated[
+        Path | None,
+        typer.Option(help="File for a ridge head fitted on all these variants; `protnest score --head` reads it."),
+    ] = None,
+    save_pooling: Annotated[
+        Literal["mean", "site"] | None,
+        typer.Option(
+            help="What the head reads: the mutated sites' mean, or all residues', for insertions and deletions too.",
+            show_default="site",
+        ),
+    ] = None,
+    save_features: Annotated[
+        Literal["nested", "raw"] | None,
+        typer.Option(
+            help="Of what: the first nested chain's row, or the largest model's own embedding.",
+            show_default="nested with such a chain, else raw",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of folds, draws and bootstrap.", min=0)] = 0,
     precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], typer.Option(help="Of the models.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
@@ -175,14 +193,21 @@ def probe(
     from ..engine.models import load_model
     from ..engine.progress import ResidueProgress
     from ..engine.variants import confine, parse_region, read_scan, read_wild_type
-    from .probe import as_report
+    from .head_fit import HeadPlan, ScanOrigin, check_out, fit_head
+    from .probe import as_report, scan_features
     from .probe import probe as run
     from .score_plot import check_plot, draw_scores
 
+    if save is None and (save_pooling or save_features):
+        message = "--save-pooling and --save-features go with --save"
+        raise typer.BadParameter(message)
     if plot is not None:
         check_plot(plot)
+    if save is not None:
+        check_out(save)
     bounds = None if region is None else parse_region(region)
-    scan, scores = read_scan(mutants, read_wild_type(wt, name), column=column)
+    wild_type = read_wild_type(wt, name)
+    scan, scores = read_scan(mutants, wild_type, column=column)
     found = len(scan)
     if variants is not None and variants < found:
         chosen = np.sort(np.random.default_rng(seed).permutation(found)[:variants]).tolist()
@@ -190,11 +215,16 @@ def probe(
     if bounds is not None:
         scan = [confine(variant, *bounds) for variant in scan]
     chains = [Chain.load(file) for file in chain or ()]
-    encoders = [load_model(each, device=device, precision=precision) for each in models.split(",")]
+    names = models.split(",")
+    plan = None if save is None else HeadPlan.of(len(names), chains, features=save_features, pooling=save_pooling)
+    encoders = [load_model(each, device=device, precision=precision) for each in names]
+    if plan is not None:
+        plan.check_lengths(encoders, max(len(each.sequence) for each in scan))
     console = Console(stderr=True)
     with ResidueProgress(console) as progress:
         progress.start(len(scan), len(encoders) * sum(len(each.sequence) for each in scan), 0)
-        results = run(encoders, scan, scores, chains=chains, seed=seed, after_batch=progress.advance)
+        features = scan_features(encoders, scan, chains=chains, after_batch=progress.advance)
+        results = run(encoders, scan, scores, chains=chains, seed=seed, features=features)
     report = as_report(
         results,
         mutants=mutants.name,
@@ -204,6 +234,18 @@ def probe(
         seed=seed,
         models=[encoder.name for encoder in encoders],
     )
+    if plan is not None and save is not None:
+        origin = ScanOrigin(file=mutants.name, column=column, wild_type=wild_type, region=bounds)
+        head = fit_head(plan, encoders, scores, features, results, origin, seed=seed)
+        head.save(save)
+        report["head"] = {
+            "out": str(save),
+            "features": plan.features,
+            "pooling": head.pooling,
+            "width": head.width,
+            "strength": head.strength,
+            **{score: head.data[score] for score in ("spearman", "low", "high")},
+        }
     _write_report(report, out, json_output=json_output)
     if plot is not None:
         sizes = {encoder.name: encoder.dim for encoder in encoders}
@@ -220,6 +262,8 @@ def probe(
             heads,
             [((each.pooling, f"{each.variants:,} {each.subset}"), each, each.spearman) for each in results],
         )
+        if plan is not None:
+            console.print(f"{save}: reads {plan.features} features, {plan.pooling}", markup=False, highlight=False)
 
 
 def probe_labels(

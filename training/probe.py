@@ -75,6 +75,34 @@ def variant_features(
     return out
 
 
+def scan_features(
+    encoders: Sequence[Encoder],
+    variants: Sequence[Variant],
+    *,
+    chains: Sequence[Chain] = (),
+    after_batch: Callable[[int], None] = lambda residues: None,
+) -> list[dict[str, Floats]]:
+    """Each model's `variant_features`, once it is known that a probe can be made of them.
+
+    Raises:
+        InputError: too few variants, one without a substituted site, or models that are not a chain's.
+    """
+    _check(encoders, variants, chains)
+    return [variant_features(encoder, variants, after_batch=after_batch) for encoder in encoders]
+
+
+def _check(encoders: Sequence[Encoder], variants: Sequence[Variant], chains: Sequence[Chain]) -> None:
+    if len(variants) < 4 * FOLDS:
+        message = f"{len(variants)} variants are too few for {FOLDS} folds: at least {4 * FOLDS}"
+        raise InputError(message)
+    if without := [variant.name for variant in variants if not variant.sites]:
+        message = f"variant {without[0]!r} has no substituted site: a probe takes substitutions only"
+        raise InputError(message)
+    family = Family.of(list(encoders))
+    for chain in chains:
+        chain.check_models(family.members)
+
+
 def probe(
     encoders: Sequence[Encoder],
     variants: Sequence[Variant],
@@ -82,6 +110,7 @@ def probe(
     *,
     chains: Sequence[Chain] = (),
     seed: int = 0,
+    features: Sequence[dict[str, Floats]] | None = None,
     after_batch: Callable[[int], None] = lambda residues: None,
 ) -> list[ProbeResult]:
     """Judges each model alone, each nested prefix, naive rows and plain concatenations on one scan.
@@ -93,20 +122,16 @@ def probe(
         variants, scores: the scan.
         chains: nested or naive, whose models these are.
         seed: of folds and bootstrap.
+        features: what `scan_features` gave for these models and variants; made here by default.
         after_batch: called with the residues that have just been run.
 
     Raises:
-        InputError: too few variants, or models that are not a chain's.
+        InputError: too few variants, one without a substituted site, or models that are not a chain's.
     """
-    if len(variants) < 4 * FOLDS:
-        message = f"{len(variants)} variants are too few for {FOLDS} folds: at least {4 * FOLDS}"
-        raise InputError(message)
-    family = Family.of(list(encoders))
-    for chain in chains:
-        chain.check_models(family.members)
+    if features is None:
+        features = scan_features(encoders, variants, chains=chains, after_batch=after_batch)
     targets_N = np.array(scores, dtype=np.float64)
     folds_N = split(len(variants), seed=seed)
-    features = [variant_features(encoder, variants, after_batch=after_batch) for encoder in encoders]
     names = [encoder.name for encoder in encoders]
     is_single = np.array([variant.is_single for variant in variants])
     subsets = {"all": np.ones(len(variants), dtype=bool)}

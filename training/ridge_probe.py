@@ -82,6 +82,34 @@ def cross_validated(features_NP: Floats, targets_N: Floats, folds_N: npt.NDArray
     Raises:
         ValueError: a fold is empty, or the lengths differ.
     """
+    grams = _fold_grams(features_NP, targets_N, folds_N)
+    predicted_N = np.empty(len(targets_N))
+    for fold in range(FOLDS):
+        member = folds_N == fold
+        others = [gram for place, gram in enumerate(grams) if place != fold]
+        strength = _best_strength(others)
+        solver = _Solver.of(merged(others))
+        mean_P, mean = solver.mean_Z[:-1].numpy(), float(solver.mean_Z[-1])
+        predicted_N[member] = (features_NP[member] - mean_P) @ solver.weight(strength).numpy() + mean
+    return predicted_N
+
+
+def fitted(features_NP: Floats, targets_N: Floats, folds_N: npt.NDArray[np.int64]) -> tuple[Floats, float, float]:
+    """A ridge on all examples: weight fp64 (P,), bias, and the strength, the one of the grid with the least squared
+    error over the folds, each left out in turn.
+
+    Raises:
+        ValueError: a fold is empty, or the lengths differ.
+    """
+    grams = _fold_grams(features_NP, targets_N, folds_N)
+    strength = _best_strength(grams)
+    solver = _Solver.of(merged(grams))
+    weight_P = solver.weight(strength)
+    bias = float(solver.mean_Z[-1] - solver.mean_Z[:-1] @ weight_P)
+    return weight_P.numpy(), bias, strength
+
+
+def _fold_grams(features_NP: Floats, targets_N: Floats, folds_N: npt.NDArray[np.int64]) -> list[Gram]:
     if not len(features_NP) == len(targets_N) == len(folds_N):
         message = f"{len(features_NP)} features, {len(targets_N)} targets and {len(folds_N)} folds: they must agree"
         raise ValueError(message)
@@ -89,15 +117,7 @@ def cross_validated(features_NP: Floats, targets_N: Floats, folds_N: npt.NDArray
     if not all(member.any() for member in members):
         message = f"{len(folds_N)} examples do not fill {FOLDS} folds"
         raise ValueError(message)
-    grams = [_gram(features_NP[member], targets_N[member]) for member in members]
-    predicted_N = np.empty(len(targets_N))
-    for fold, member in enumerate(members):
-        others = [gram for place, gram in enumerate(grams) if place != fold]
-        strength = _best_strength(others)
-        solver = _Solver.of(merged(others))
-        mean_P, mean = solver.mean_Z[:-1].numpy(), float(solver.mean_Z[-1])
-        predicted_N[member] = (features_NP[member] - mean_P) @ solver.weight(strength).numpy() + mean
-    return predicted_N
+    return [_gram(features_NP[member], targets_N[member]) for member in members]
 
 
 def _best_strength(grams: list[Gram]) -> float:

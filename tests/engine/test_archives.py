@@ -9,6 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from protnest.engine import Chain, read_embeddings
 from protnest.engine.chain import SCHEMA_VERSION as CHAIN_VERSION
+from protnest.engine.ridge_head import SCHEMA_VERSION as HEAD_VERSION
+from protnest.engine.ridge_head import RidgeHead
 from protnest.engine.store import SCHEMA_VERSION
 
 ARCHIVES = Path(__file__).resolve().parent.parent / "archives"
@@ -51,8 +53,20 @@ def test_chain_version_1(kind: str, fingerprint: str) -> None:
     assert [stage["held_out_r2"] for stage in chain.report] == [0.5, 0.25]
 
 
+def test_head_version_1() -> None:
+    head = RidgeHead.load(ARCHIVES / "head-v1.safetensors")
+    assert head.fingerprint == "7dae37fbf935ea162dd3741198278938"
+    assert head.chain_fingerprint == "530ebb1685377a015f2115a6230e3cee"
+    assert [model.name for model in head.models] == ["tiny4", "tiny8", "tiny12"]
+    assert (head.width, head.pooling, head.region, head.strength) == (12, "site", (3, 12), 0.01)
+    assert (head.data["wild_type"]["residues"], head.data["variants"], head.data["spearman"]) == (20, 60, 0.5)
+    assert head.predict(np.eye(12)).tolist() == [0.25 + place / 8 for place in range(12)]
+
+
 def test_every_schema_version_has_an_archive() -> None:
     for version in range(1, SCHEMA_VERSION + 1):
         assert list(ARCHIVES.glob(f"store-v{version}-*"))
     for version in range(1, CHAIN_VERSION + 1):
         assert list(ARCHIVES.glob(f"chain-v{version}-*"))
+    for version in range(1, HEAD_VERSION + 1):
+        assert list(ARCHIVES.glob(f"head-v{version}*"))

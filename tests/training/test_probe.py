@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-from protnest.engine import Embedder, InputError
+from protnest.engine import Embedder, Encoder, InputError
 from protnest.engine.checkpoint import save_checkpoint
 from protnest.engine.cli import app
 from protnest.engine.ranking import spearman
-from protnest.engine.variants import Variant, parse_variant
+from protnest.engine.ridge_head import RidgeHead, score_with_head
+from protnest.engine.variants import Variant, parse_variant, read_scan
 from protnest.training import ridge_probe
 from protnest.training.probe import probe, variant_features
 from protnest.training.representation import chain_rows, representations, rivals
@@ -250,3 +251,81 @@ def test_region_is_what_the_models_see(tmp_path: Path) -> None:
     outside = CliRunner().invoke(app, [*words, "--models", str(tmp_path / "a"), "--region", "4-8"])
     assert outside.exit_code == 1
     assert "lies outside of 4 to 8" in " ".join(outside.output.split())
+
+
+def _words(folder: Path, *, models: list[Encoder], scan: int = 30) -> list[str]:
+    """A probe of these models, with a chain and a naive one in the folder."""
+    for encoder in models:
+        save_checkpoint(encoder, folder / encoder.name)
+    CHAIN.save(folder / "chain")
+    NAIVE.save(folder / "naive")
+    variants, scores = _scan(scan)
+    (folder / "wt.fasta").write_text(f">wt\n{WILD_TYPE}\n")
+    rows = "".join(f"{variant.name},{score}\n" for variant, score in zip(variants, scores, strict=True))
+    (folder / "scan.csv").write_text(f"mutant,activity\n{rows}")
+    names = ",".join(str(folder / encoder.name) for encoder in models)
+    words = ["probe", "--wt", str(folder / "wt.fasta"), "--mutants", str(folder / "scan.csv"), "--models", names]
+    return [*words, "--column", "activity", "--precision", "fp32"]
+
+
+def test_save(tmp_path: Path) -> None:
+    """By default the nested row of the first chain that is one, at the mutated sites."""
+    words = _words(tmp_path, models=FAMILY[:2])
+    words += ["--chain", str(tmp_path / "naive"), "--chain", str(tmp_path / "chain"), "--region", "1-20", "--seed", "3"]
+    result = CliRunner().invoke(app, [*words, "--variants", "25", "--save", str(tmp_path / "head"), "--json"])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    head = RidgeHead.load(tmp_path / "head")
+    (judged,) = (
+        each
+        for each in report["results"]
+        if (each["representation"], each["width"], each["pooling"], each["subset"]) == ("nested", 24, "site", "all")
+    )
+    scores = {key: judged[key] for key in ("spearman", "low", "high")}
+    assert report["head"] == {
+        "out": str(tmp_path / "head"),
+        "features": "nested",
+        "pooling": "site",
+        "width": 24,
+        "strength": head.strength,
+        **scores,
+    }
+    assert head.chain_fingerprint == CHAIN.fingerprint
+    assert {key: head.data[key] for key in scores} == scores
+    assert (head.data["scan"], head.data["column"], head.data["variants"]) == ("scan.csv", "activity", 25)
+    assert (head.region, head.data["seed"], head.data["precision"]) == ((1, 20), 3, "fp32")
+    variants, _ = read_scan(tmp_path / "scan.csv", WILD_TYPE, column="activity")
+    assert np.isfinite(score_with_head(head, FAMILY, variants, chain=CHAIN, wild_type=WILD_TYPE)).all()
+
+
+def test_save_what_is_asked_for(tmp_path: Path) -> None:
+    words = [*_words(tmp_path, models=FAMILY[:2]), "--chain", str(tmp_path / "chain"), "--save", str(tmp_path / "head")]
+    result = CliRunner().invoke(app, [*words, "--save-pooling", "mean", "--save-features", "raw"])
+    assert result.exit_code == 0, result.output
+    assert "reads raw features, mean" in " ".join(result.output.split())
+    head = RidgeHead.load(tmp_path / "head")
+    assert [model.name for model in head.models] == ["tiny24"]
+    assert (head.pooling, head.chain_fingerprint, head.region) == ("mean", None, None)
+
+
+def test_save_says_first_what_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = _words(tmp_path, models=FAMILY[:2])
+    monkeypatch.setattr(Embedder, "embed_clean", lambda *_, **__: pytest.fail("something was embedded"))
+    save = ["--save", str(tmp_path / "head")]
+    for more, code, problem in (
+        (["--save-pooling", "mean"], 2, "--save-pooling and --save-features go with --save"),
+        (["--save-features", "raw"], 2, "go with --save"),
+        (["--save", str(tmp_path)], 1, "is a folder; --save names a file"),
+        (["--save", str(tmp_path / "none" / "head")], 1, "its folder is not there"),
+        ([*save, "--save-features", "nested"], 1, "a chain that is not naive; none is given"),
+        ([*save, "--save-features", "nested", "--chain", str(tmp_path / "naive")], 1, "that is not naive"),
+    ):
+        result = CliRunner().invoke(app, [*words, *more], env={"COLUMNS": "200"})
+        assert result.exit_code == code, result.output
+        assert problem in " ".join(result.output.replace("│", " ").split())
+    long = WILD_TYPE + "A"
+    (tmp_path / "wt.fasta").write_text(f">wt\n{long}\n")
+    result = CliRunner().invoke(app, [*words, *save, "--chain", str(tmp_path / "chain")])
+    assert result.exit_code == 1
+    assert "the chain runs windows of 20, tiny16 in its probe those of 30" in " ".join(result.output.split())
+    assert not (tmp_path / "head").exists()
