@@ -98,7 +98,7 @@ class AllSingles:
         path: what messages call it.
     """
 
-    columns = ("target", "mutant")
+    columns: tuple[str, ...] = ("target", "mutant")
     kinds: tuple[Any, ...] = ("text", "text")
 
     def __init__(self, targets: Sequence[Target], *, offset: int = 0, path: Path) -> None:

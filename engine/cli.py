@@ -21,6 +21,7 @@ from typer.core import TyperGroup
 
 from .cpus import limit_threads
 from .errors import InputError
+from .score_command import score
 
 _ENTRY_POINTS = "protnest.commands"
 _FAILED = 1
@@ -64,7 +65,7 @@ class _LazyGroup(TyperGroup):
                 raise
             _fail(f"out of GPU memory: try a smaller --max-tokens ({str(error).splitlines()[0]})")
         except KeyboardInterrupt as error:
-            _console.print("stopped; the same command goes on from the last finished shard", style="yellow")
+            _console.print("stopped; the same command goes on from what is finished", style="yellow")
             raise typer.Exit(_INTERRUPTED) from error
 
 
@@ -376,6 +377,9 @@ def _print_fits(
             "yes" if each.fits else "no",
         )
     Console(soft_wrap=True).print(table)
+
+
+app.command()(score)
 
 
 def main() -> None:

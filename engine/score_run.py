@@ -9,6 +9,7 @@ Shapes: N rows of a table that can be scored, U units of a protein, V vocabulary
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -65,10 +66,12 @@ class RunResult:
     Attributes:
         values: for each protein of the survey, by its wild type, the values (U,) or (U, V) under each model.
         residues: run by this call.
+        seconds: that it took, models' loading included.
     """
 
     values: dict[str, list[Values]]
     residues: int
+    seconds: float
 
 
 class ScoreRun:
@@ -103,6 +106,7 @@ class ScoreRun:
         Raises:
             InputError: a model cannot be loaded or has no head, or a sequence does not fit into memory.
         """
+        started = time.perf_counter()
         values: dict[str, list[Values]] = {wild_type: [] for wild_type in self._survey.proteins}
         for model in range(len(self._names)):
             scorer = self._load(model, self._advance)
@@ -118,7 +122,7 @@ class ScoreRun:
                 done = self._run_mutants(scorer, model, found)
             for each, value in zip(values.values(), done, strict=True):
                 each.append(value)
-        return RunResult(values, self._residues)
+        return RunResult(values, self._residues, time.perf_counter() - started)
 
     def _advance(self, residues: int) -> None:
         self._residues += residues

@@ -37,7 +37,7 @@ class SurveyOptions:
     Attributes:
         by_site: units are touched residues of the wild type; else distinct mutants.
         with_wild_type: the wild type is a unit, too, the first of its protein.
-        check: raises InputError for a variant that cannot be scored.
+        check: raises InputError for a variant of a wild type that cannot be scored.
         on_error: "error" stops at the first row that cannot be scored; "skip" goes on without it.
         by_place: mutants of equal sequence are distinct where other sites of theirs are named.
         number_columns: columns to be read as numbers, as measurements to hold scores against; tables may lack them.
@@ -45,7 +45,7 @@ class SurveyOptions:
 
     by_site: bool
     with_wild_type: bool = False
-    check: Callable[[Variant], None] = lambda variant: None
+    check: Callable[[Variant, str], None] = lambda variant, wild_type: None
     on_error: Literal["error", "skip"] = "error"
     by_place: bool = False
     number_columns: tuple[str, ...] = ()
@@ -179,9 +179,9 @@ def _survey(
     hinted: set[str] = set()
     for entry in assay.entries():
         problem, measured = entry.problem, list[float]()
-        if entry.variant is not None:
+        if entry.variant is not None and entry.target is not None:
             try:
-                options.check(entry.variant)
+                options.check(entry.variant, entry.target.sequence)
                 measured = [_measurement(entry, name, place) for name, place in places_of.items()]
             except InputError as error:
                 problem = error

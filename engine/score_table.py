@@ -83,8 +83,18 @@ def look_up(
                     units = np.array([surveyed.units[begin + row] for row in rows])
                     found = values[units] - (values[0] if against_wild_type else 0.0)
                 scores[model, rows] = found
+        _check_finite(surveyed, some, scores)
         yield some, scores
         begin += len(some)
+
+
+def _check_finite(surveyed: SurveyedAssay, entries: Sequence[Entry], scores_Mn: npt.NDArray[np.float64]) -> None:
+    finite_n = np.isfinite(scores_Mn).all(axis=0)
+    if finite_n.all():
+        return
+    row = entries[int(finite_n.argmin())].row
+    message = "the score is not finite: fp16 ends at 65,504; take --precision bf16 or fp32"
+    raise InputError(message, file=surveyed.assay.source.path, line=row.line, record=row.number)
 
 
 def write_scores(

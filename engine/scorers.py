@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
+from .chain import Chain
+from .embedder import default_max_tokens
 from .encoder import Encoder
+from .family import Family
 from .queries import QueryRunner
+from .ridge_head import RidgeHead, score_with_head
 from .score_state import Values
 from .scoring import SITE_METHODS, mutant_marginals, pseudo_log_likelihoods, site_logits
 from .variants import Variant
@@ -54,3 +60,59 @@ class ModelScorer:
 
     def cost(self, length: int, wild_type: str) -> int:
         return min(length, self.limit) * (length if self._method == "pseudo-ll" else 1)
+
+
+class HeadScorer:
+    """A ridge head on embeddings, see `ridge_head`; a `score_run.Scorer`.
+
+    Args:
+        head: what was fitted.
+        family: the models that it reads.
+        chain: the one that it was fitted on, or None.
+        max_tokens: most tokens in a batch; the device's usual number by default.
+        after_batch: called with the number of residues that have just been run.
+
+    Raises:
+        InputError: models or chain are others than the head's.
+    """
+
+    by_site = False
+    in_one_go = False
+    against_wild_type = False
+
+    def __init__(
+        self,
+        head: RidgeHead,
+        family: Family,
+        *,
+        chain: Chain | None,
+        max_tokens: int | None,
+        after_batch: Callable[[int], None],
+    ) -> None:
+        head.check_models(family.members, chain)
+        self._head = head
+        self._family = family
+        self._chain = chain
+        self._after_batch = after_batch
+        self.name = family.members[-1].name
+        self.limit = min(member.config.max_residues for member in family.members)
+        self.max_tokens = default_max_tokens(family.members[0].device) if max_tokens is None else max_tokens
+
+    def run_sites(self, wild_type: str, places: Sequence[int]) -> Values:
+        message = "a ridge head reads mutants, not sites"
+        raise NotImplementedError(message)
+
+    def run_mutants(self, variants: Sequence[Variant], wild_type: str) -> Values:
+        scores = score_with_head(
+            self._head,
+            self._family,
+            variants,
+            wild_type=wild_type,
+            chain=self._chain,
+            max_tokens=self.max_tokens,
+            after_batch=self._after_batch,
+        )
+        return scores.astype(np.float64)
+
+    def cost(self, length: int, wild_type: str) -> int:
+        return length

@@ -160,7 +160,7 @@ def test_other_run_in_the_folder_exits_with_1(tmp_path: Path, fasta: Path, model
     [
         (OSError(28, "No space left on device", "out/part"), 1, "out/part: No space left on device"),
         (MemoryError(), 1, "smaller --max-tokens"),
-        (KeyboardInterrupt(), 130, "goes on from the last finished shard"),
+        (KeyboardInterrupt(), 130, "goes on from what is finished"),
     ],
 )
 def test_failures_of_the_machine(
@@ -225,7 +225,7 @@ def test_interrupt_keeps_what_is_done(tmp_path: Path, model: str) -> None:
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert "goes on from the last finished shard" in said
+    assert "goes on from what is finished" in said
     assert "Traceback" not in said
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     assert json.loads(done.stdout)["resumed"] >= 100
