@@ -158,9 +158,7 @@ def score(
     started = time.perf_counter()
     with ResidueProgress(console, checking="checking the variants", doing=("scoring", "variants")) as progress:
         result = run_job(job, progress, details={"versions": versions()})
-    facts = _facts(
-        job.method if head is None else "ridge head", result, progress.seconds, time.perf_counter() - started
-    )
+    facts = _facts(job.method if head is None else "ridge head", result, time.perf_counter() - started)
     if json_output:
         from .judgement import as_report
 
@@ -174,7 +172,7 @@ def score(
         Console(soft_wrap=True).print(report_table(result.judgements))
 
 
-def _facts(method: str, result: ScoreJobResult, run_s: float, total_s: float) -> dict[str, Any]:
+def _facts(method: str, result: ScoreJobResult, total_s: float) -> dict[str, Any]:
     from .info import peak_memory_bytes
 
     return {
@@ -191,7 +189,7 @@ def _facts(method: str, result: ScoreJobResult, run_s: float, total_s: float) ->
         "heatmaps": [str(path) for path in result.heatmaps],
         "finished_before": result.finished_before,
         "residues": result.residues,
-        "residues_per_s": round(result.residues / run_s, 1) if result.residues else None,
+        "residues_per_s": round(result.residues / result.seconds, 1) if result.residues else None,
         "total_s": round(total_s, 3),
         "peak_memory_bytes": peak_memory_bytes(),
     }
