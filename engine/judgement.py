@@ -82,7 +82,7 @@ def judge(
     NDCG and recall depend on how many variants there are: their intervals are for an assay of this size.
 
     An assay of more than 30,000 variants is drawn less often, so that samples times variants stay about 30 million,
-    but 100 times at least: 150,000 variants, nearly all of them multiples, take 200 samples and some 13 s on one core.
+    but 100 times at least: 150,000 variants, nearly all of them multiples, take 200 samples and some 9 s of one core.
 
     Args:
         truth_N: what was measured, higher is better; NaN where it is missing: such a variant is left out and counted.
