@@ -454,7 +454,7 @@ for row in table.rows():
     kinds.see(row.cells)
 assert row.number == rows and kinds.kinds == ("text", "number")
 copy(folder / "t.csv", folder / "t.parquet", kinds.kinds)
-copy(folder / "t.parquet", folder / "t.csv.gz", None)
+copy(folder / "t.parquet", folder / "u.parquet", None)
 status = Path("/proc/self/status").read_text()
 print(status.split("VmHWM:")[1].split()[0])
 """
