@@ -208,6 +208,7 @@ def test_kinds_that_text_cannot_hold(tmp_path: Path, kind: Any) -> None:
         (["0.5", str(2**53 + 1)], "text"),
         ([str(2**53 + 1), "0.5"], "text"),
         ([str(-(2**53) - 1), "", "0.5"], "text"),
+        ([str(2**53 + 1), "1", "0.5"], "text"),
         (["1e-05", "1e+16", "1.5e5", "1.5E-3"], "number"),
         (["1e5"], "text"),
         (["0.5", "12E4"], "text"),
