@@ -113,7 +113,7 @@ class Table:
         if name in self.columns:
             return self.columns.index(name)
         message = f"has no column {_show(name)}; it has {_list_names(self.columns)}"
-        alike = {column.strip().casefold(): column for column in reversed(self.columns)}
+        alike = {column.strip().casefold(): column for column in self.columns}
         if near := difflib.get_close_matches(name.strip().casefold(), alike, n=1):
             message += f"; did you mean {_show(alike[near[0]])}?"
         raise InputError(message, file=self.path)

@@ -97,7 +97,7 @@ def test_lists(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["t.csv", "t.tsv.gz"])
 def test_variants_without_a_header(tmp_path: Path, name: str) -> None:
-    table = Table(write(tmp_path, name, "\nA24G:H26P\n# no variant\nH26P\n"))
+    table = Table(write(tmp_path, name, "\n A24G:H26P \n# no variant\nH26P\n"))
     assert (table.kind, table.columns) == ("list", ("mutant",))
     assert list(table.rows()) == [Row(1, 2, ("A24G:H26P",)), Row(2, 4, ("H26P",))]
 
@@ -121,6 +121,8 @@ def test_place(tmp_path: Path) -> None:
         table.place("mutant")
     with pytest.raises(InputError, match=r"has no column 'quite other'; it has 'Mutant ', 'score', 'x'$"):
         table.place("quite other")
+    with pytest.raises(InputError, match="did you mean 'score'"):
+        table.place("SCORE")
     many = Table(write(tmp_path, "many.csv", ",".join(f"c{place:02d}" for place in range(25)) + "\n"))
     with pytest.raises(InputError, match=r"'c18', 'c19' and 5 more$"):
         many.place("zzz")
