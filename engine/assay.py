@@ -68,7 +68,7 @@ class Source(Protocol):
     columns: tuple[str, ...]
     kinds: tuple[Any, ...]
 
-    def rows(self, *, begin: int = 0) -> Iterator[Row]: ...
+    def rows(self, *, begin: int = 0, ragged: bool = False) -> Iterator[Row]: ...
 
     def fingerprint(self) -> str: ...
 
@@ -106,7 +106,7 @@ class AllSingles:
         self._targets = targets
         self._offset = offset
 
-    def rows(self, *, begin: int = 0) -> Iterator[Row]:
+    def rows(self, *, begin: int = 0, ragged: bool = False) -> Iterator[Row]:
         number = 0
         for target in self._targets:
             for place, residue in enumerate(target.sequence, start=1 + self._offset):
@@ -238,7 +238,7 @@ class Assay:
             InputError: the table cannot be read on.
         """
         width = len(self.source.columns)
-        for row in self.source.rows():
+        for row in self.source.rows(ragged=True):
             target = self.target
             try:
                 if len(row.cells) != width:
@@ -298,7 +298,7 @@ class Assay:
         if not isinstance(entry.problem, SlipError) or entry.target is None:
             return ""
         names = []
-        for row in self.source.rows():
+        for row in self.source.rows(ragged=True):
             if len(row.cells) == len(self.source.columns) and self._is_of(row, entry.target):
                 names.append(_text(row, self._mutants))
             if row.number >= _ROWS_ASKED:

@@ -118,8 +118,12 @@ class Table:
             message += f"; did you mean {_show(alike[near[0]])}?"
         raise InputError(message, file=self.path)
 
-    def rows(self, *, begin: int = 0) -> Iterator[Row]:
-        """Yields the rows in order, without the first `begin`, which count all the same.
+    def rows(self, *, begin: int = 0, ragged: bool = False) -> Iterator[Row]:
+        """Yields the rows in order.
+
+        Args:
+            begin: leaves out so many first rows, which count all the same.
+            ragged: yields rows of more or fewer cells than the header, too, for the caller to judge.
 
         Raises:
             InputError: on the way: the file cannot be read on, holds no rows, or a row has more or fewer cells than the
@@ -127,7 +131,7 @@ class Table:
         """
         if self.kind == "parquet":
             return self._parquet_rows(begin)
-        return self._text_rows(begin)
+        return self._text_rows(begin, ragged)
 
     def fingerprint(self) -> str:
         """Hash of the file's bytes: blake2b of 16 bytes, in hex.
@@ -172,13 +176,13 @@ class Table:
             message = f"has columns of the same name: {_list_names(tuple(dict.fromkeys(twice)))}"
             raise InputError(message, file=self.path, line=line)
 
-    def _text_rows(self, begin: int) -> Iterator[Row]:
+    def _text_rows(self, begin: int, ragged: bool) -> Iterator[Row]:
         found = self._split(self._delimiter)
         if self.kind != "list":
             next(found, None)
         number = 0
         for number, (line, cells) in enumerate(found, 1):
-            if len(cells) != len(self.columns):
+            if len(cells) != len(self.columns) and not ragged:
                 message = f"row {number} has {len(cells)} cells, expected {len(self.columns)} as in the header"
                 raise InputError(message, file=self.path, line=line)
             if number > begin:
