@@ -5,6 +5,7 @@ Shapes: N variants, P features.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 from pathlib import Path
@@ -138,6 +139,15 @@ def test_what_a_head_says_of_itself(results: list[ProbeResult]) -> None:
     raw = fit_head(HeadPlan.of(3, [CHAIN], features="raw", pooling="mean"), FAMILY, SCORES, FEATURES, results, ORIGIN)
     assert raw.data["spearman"] == _judged(results, "raw", "mean").spearman
     assert raw.data["region"] is None
+
+
+def test_models_of_one_name_are_told_apart_by_width(results: list[ProbeResult]) -> None:
+    encoders = [copy.deepcopy(encoder) for encoder in FAMILY]
+    for encoder in encoders:
+        encoder.name = "model"
+    alike = [dataclasses.replace(each, model="model") for each in results]
+    head = fit_head(HeadPlan.of(3, []), encoders, SCORES, FEATURES, alike, ORIGIN)
+    assert head.data["spearman"] == _judged(results, "raw", "site").spearman
 
 
 def test_the_folds_are_the_probes(monkeypatch: pytest.MonkeyPatch, results: list[ProbeResult]) -> None:
