@@ -229,7 +229,9 @@ def _draw_cells(figure: Any, layer: Any, paper: _Paper, top: float, block: Block
     if block.boxes:
         rows, places = np.array(block.boxes).T
         side = (0.78 * paper.cell * _POINTS) ** 2
-        axes.scatter(places + 0.5, rows + 0.5, s=side, marker="s", facecolor="none", edgecolor=_INK, linewidth=0.7)
+        # Dark in light: seen on every colour.
+        for colour, thickness in (("white", 2.0), (_INK, 0.8)):
+            axes.scatter(places + 0.5, rows + 0.5, s=side, marker="s", facecolor="none", edgecolor=colour, lw=thickness)
 
 
 def _runs(shown_C: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:

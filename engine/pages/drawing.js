@@ -30,7 +30,7 @@ function rgbOf(text) {
 
 /** Sizes of the map for a width of paper. */
 function geometry(width) {
-  const row = Math.max(15, Math.min(22, (window.innerHeight - 435) / 20));
+  const row = Math.max(13, Math.min(22, (window.innerHeight - 435) / 20));
   const tracks = (TRACK + TRACK_GAP) * (entropies ? 2 : 1);
   return { width, row, tracks, left: GUTTER, plot: Math.max(40, width - GUTTER - 8), height: tracks + 20 * row + LETTERS + NUMBERS };
 }
@@ -196,26 +196,28 @@ function drawMarks(context, colours, shape, first, last) {
       context.fill();
     }
     if (!boxed) continue;
-    context.strokeStyle = "#1f2124";
-    context.lineWidth = 1.5;
     for (const acid of acids) {
       if (!isGiven(site, acid) || !known(scoreOf(site, acid))) continue;
-      const row = view.rowOf[acid];
-      context.strokeRect(xOf(shape, column) + 2, yOf(shape, row) + 2, width - 4, shape.row - 4);
+      const [left, top] = [xOf(shape, column) + 2, yOf(shape, view.rowOf[acid]) + 2];
+      outline(context, left, top, width - 4, shape.row - 4, 1.5);
     }
   }
 }
+/** A dark frame in a light one: seen on every colour. */
+function outline(context, x, y, width, height, thickness) {
+  for (const [colour, outset] of [["#ffffff", thickness], ["#1f2124", 0]]) {
+    context.strokeStyle = colour;
+    context.lineWidth = thickness;
+    context.strokeRect(x - outset, y - outset, width + 2 * outset, height + 2 * outset);
+  }
+}
+
 function drawFocus(context, colours, shape, cell, thickness) {
   const width = Math.max(3, shape.plot / view.span);
   const x = xOf(shape, view.columnOf[cell.site] + 0.5) - width / 2;
   if (x + width < shape.left || x > shape.left + shape.plot) return;
   const y = yOf(shape, view.rowOf[cell.acid]);
-  // Light and dark together are seen on every colour.
-  for (const [colour, outset] of [["#ffffff", thickness], ["#1f2124", 0]]) {
-    context.strokeStyle = colour;
-    context.lineWidth = thickness;
-    context.strokeRect(x - outset, y - outset, width + 2 * outset, shape.row + 2 * outset);
-  }
+  outline(context, x, y, width, shape.row, thickness);
   context.fillStyle = colours.accent;
   context.fillRect(x, shape.tracks + 20 * shape.row + 1, width, 2);
 }

@@ -107,7 +107,7 @@ def test_nothing_known_at_all_is_drawn_as_such() -> None:
 
 
 def test_rows_neither_begin_nor_end_with_a_gap() -> None:
-    for stop in range(95, 102):
+    for stop in range(104, 114):  # blocks of 110 columns
         blocks = lay_out(_known_only(400, (0, stop), (200, 305)))
         for block in blocks:
             assert block.shown_C[0]
