@@ -37,7 +37,7 @@ class Landscape:
 
     Raises:
         ValueError: a shape or type is another, the wild type is empty or holds what is no residue, a score or an
-            entropy is infinite, or `first` is below 1.
+            entropy is infinite.
     """
 
     target: str
@@ -58,9 +58,6 @@ class Landscape:
         _check_array("given_LA", self.given_LA, np.bool_, (length, acids))
         if self.entropy_L is not None:
             _check_array("entropy_L", self.entropy_L, np.float32, (length,))
-        if self.first < 1:
-            message = f"first: residues are counted from 1 or later, got {self.first}"
-            raise ValueError(message)
 
     @property
     def length(self) -> int:
