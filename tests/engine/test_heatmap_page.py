@@ -271,7 +271,7 @@ def _scroll(page: Any, name: str, right: int, down: int) -> None:
 
 def test_zoom_and_pan(page: Any) -> None:
     assert (_state(page)["from"], _state(page)["span"]) == (0, 120)
-    name = f"{WILD_TYPE[60]}84A"
+    name = f"{WILD_TYPE[90]}114A"  # not in the middle
     before = _point(page, name)
     _scroll(page, name, 0, -400)
     near = _until(lambda: _state(page)["span"] < 100 and _state(page))
@@ -384,6 +384,9 @@ def test_keyboard(page: Any) -> None:
     assert _state(page)["selected"] == f"{WILD_TYPE[45]}{24 + 45}H"
     _press(page, Keys.ENTER)
     assert _state(page)["pinned"]
+    _press(page, Keys.END)
+    state = _state(page)
+    assert (state["selected"], state["from"] + state["span"]) == (f"{LAST}H", pytest.approx(120))
     _press(page, "-", "0", Keys.ESCAPE)
     assert (_state(page)["selected"], _state(page)["pinned"], _state(page)["span"]) == (None, False, 120)
     live = page.find_element("id", "status")
@@ -468,14 +471,17 @@ def test_cells_have_the_colours_of_their_scores(page: Any, landscape: Landscape)
         "const [x, y] = [arguments[0] - box.left, arguments[1] - box.top].map((v) => Math.round(v * ratio));"
         "return [...map.getContext('2d', { willReadFrequently: true }).getImageData(x, y, 1, 1).data].slice(0, 3)"
     )
-    _search(page, "26")
-    _press(page, Keys.ESCAPE)  # no frame around the cell
-    time.sleep(0.2)
-    for name, site in (("T26G", 2), ("T26D", 2), ("M24W", 0), ("T26T", 2)):
-        x, y = _point(page, name)
-        score = landscape.scores_LA[site, AMINO_ACIDS.index(name[-1])]
-        expected = 255 * np.array(blend(float(score) / landscape.limit / 2 + 0.5)[:3])
-        assert page.execute_script(pixel, x - 5, y - 5) == pytest.approx(expected.tolist(), abs=2), name
+    for order, acids in (("position", "chemistry"), ("mean", "chemistry"), ("mean", "alphabet")):
+        _choose(page, "sort-positions", order)
+        _choose(page, "sort-acids", acids)
+        for name in ("T26H", "T26D", "T26W", "T26T"):
+            _search(page, name)
+            _press(page, Keys.ESCAPE)  # no frame around the cell
+            time.sleep(0.1)
+            x, y = _point(page, name)
+            score = landscape.scores_LA[2, AMINO_ACIDS.index(name[-1])]
+            expected = 255 * np.array(blend(float(score) / landscape.limit / 2 + 0.5)[:3])
+            assert page.execute_script(pixel, x - 5, y - 5) == pytest.approx(expected.tolist(), abs=2), (name, order)
 
 
 def test_without_entropy_and_with_one_residue(browser: Any, tmp_path: Path) -> None:
