@@ -81,8 +81,8 @@ class QueryRunner:
     ) -> None:
         if encoder.head is None:
             message = (
-                f"{encoder.name} has no language-model head, and its checkpoint cannot score: only `--head` reads "
-                "scores from embeddings"
+                f"{encoder.name} has no language-model head: its checkpoint holds the encoder alone, from which only a "
+                "fitted ridge head reads scores"
             )
             raise InputError(message)
         self.encoder = encoder

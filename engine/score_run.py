@@ -108,11 +108,13 @@ class ScoreRun:
         """
         started = time.perf_counter()
         values: dict[str, list[Values]] = {wild_type: [] for wild_type in self._survey.proteins}
-        for model in range(len(self._names)):
+        saved = [
+            [self._state.load(model, number) for number in range(len(values))] for model in range(len(self._names))
+        ]
+        for model, found in enumerate(saved):
             scorer = self._load(model, self._advance)
-            found = [self._state.load(model, number) for number in range(len(values))]
             if model == 0:
-                self._start(scorer, found)
+                self._start(scorer, saved)
             if scorer.by_site:
                 done = [
                     self._run_sites(scorer, model, number, protein, found[number])
@@ -128,10 +130,10 @@ class ScoreRun:
         self._residues += residues
         self._progress.advance(residues)
 
-    def _start(self, scorer: Scorer, found: Sequence[Values | None]) -> None:
+    def _start(self, scorer: Scorer, saved: Sequence[Sequence[Values | None]]) -> None:
         """Progress is guessed from the first model; others may see fewer residues at a time."""
         total = done = 0
-        for protein, values in zip(self._survey.proteins.values(), found, strict=True):
+        for number, protein in enumerate(self._survey.proteins.values()):
             if scorer.in_one_go:
                 costs = [min(len(protein.wild_type), scorer.limit)]
             elif scorer.by_site:
@@ -139,7 +141,8 @@ class ScoreRun:
             else:
                 costs = [scorer.cost(length, protein.wild_type) for length in protein.lengths]
             total += sum(costs)
-            done += 0 if values is None else sum(costs[: len(values)])
+            known = [values for model in saved if (values := model[number]) is not None]
+            done += sum(sum(costs[: len(values)]) for values in known)
         rows = self._survey.rows - self._survey.rejected
         self._progress.start(rows, total * len(self._names), done)
 
