@@ -22,8 +22,9 @@ import typer
 from protnest.benchmarks.lists import split_words
 from protnest.benchmarks.proteins import make_up, sample_fasta
 from protnest.benchmarks.rows import ROOT, Row, append_rows, machine_facts
-from protnest.engine import Embedder, Encoder, InputError, load_model
+from protnest.engine import Embedder, Encoder, InputError
 from protnest.engine.chain import Chain, Stage
+from protnest.engine.models import load_encoder
 from protnest.training.gram_pass import chain_models
 from protnest.training.representation import chain_rows
 from rich.console import Console
@@ -214,7 +215,7 @@ def run_nested(
     proteins = (
         make_up(count=sequences, seed=seed) if source is None else sample_fasta(source, count=sequences, seed=seed)
     )
-    encoders = [load_model(name, device="cpu", precision="fp32") for name in names]
+    encoders = [load_encoder(name, device="cpu", precision="fp32") for name in names]
     facts = machine_facts(torch.device("cpu")) | {
         "suite": "nested",
         "models": [encoder.name for encoder in encoders],

@@ -106,7 +106,7 @@ def build_encoder(config: EncoderConfig, tensors: Tensors, *, name: str, source:
     problems = [f"missing {key}" for key in sorted(expected - tensors.keys())]
     problems += [f"unexpected {key}" for key in sorted(tensors.keys() - expected)]
     if problems:
-        message = f"not the tensors of this ESM-2 encoder: {_shorten(problems)}"
+        message = f"not the tensors of this ESM-2 encoder: {shorten(problems)}"
         raise InputError(message, file=source)
 
     with torch.device("meta"):
@@ -123,17 +123,18 @@ def build_encoder(config: EncoderConfig, tensors: Tensors, *, name: str, source:
         if not problems:
             state[own] = torch.cat([tensors[part].detach().to("cpu", torch.float32) for part in parts])
     if problems:
-        message = f"tensors do not fit the configuration: {_shorten(problems)}"
+        message = f"tensors do not fit the configuration: {shorten(problems)}"
         raise InputError(message, file=source)
     if broken := [own for own, tensor in state.items() if not torch.isfinite(tensor).all()]:
-        message = f"weights are not finite in {_shorten(broken)}"
+        message = f"weights are not finite in {shorten(broken)}"
         raise InputError(message, file=source)
     encoder.load_state_dict(state, strict=True, assign=True)
     encoder.fingerprint = encoder_fingerprint(encoder)
     return encoder.eval()
 
 
-def _shorten(items: list[str], most: int = 8) -> str:
+def shorten(items: list[str], most: int = 8) -> str:
+    """The first of a list of problems, and how many more there are."""
     more = f" and {len(items) - most} more" if len(items) > most else ""
     return "; ".join(items[:most]) + more
 
@@ -141,16 +142,21 @@ def _shorten(items: list[str], most: int = 8) -> str:
 def encoder_fingerprint(encoder: Encoder) -> str:
     """Hash of an fp32 encoder's architecture and tensors: the same for every path, format and head it is saved with."""
     state = encoder.state_dict()
-    names = sorted(encoder_names(encoder.config))
+    return tensors_fingerprint(encoder.config, {name: state[name] for name in encoder_names(encoder.config)})
+
+
+def tensors_fingerprint(config: Any, tensors: Tensors) -> str:
+    """Hash of a model's configuration, a dataclass, and of tensors by their names, as fp32."""
+    names = sorted(tensors)
 
     def digest(name: str) -> bytes:
-        array = state[name].detach().to("cpu", torch.float32).contiguous().numpy().astype("<f4", copy=False)
+        array = tensors[name].detach().to("cpu", torch.float32).contiguous().numpy().astype("<f4", copy=False)
         return hashlib.blake2b(array.data, digest_size=16).digest()
 
     # hashlib lets go of the interpreter on large buffers, so threads help.
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(digest, names))
-    total = hashlib.blake2b(json.dumps(asdict(encoder.config), sort_keys=True).encode(), digest_size=16)
+    total = hashlib.blake2b(json.dumps(asdict(config), sort_keys=True).encode(), digest_size=16)
     for name, part in zip(names, digests, strict=True):
         total.update(name.encode() + part)
     return total.hexdigest()
@@ -165,7 +171,27 @@ def read_checkpoint(folder: Path, *, name: str | None = None) -> tuple[Encoder, 
     Raises:
         InputError: a file is missing or unreadable, or the tensors are not those of the configuration.
     """
-    config = config_from_huggingface(_read_json(folder / "config.json"), file=str(folder / "config.json"))
+    config = config_from_huggingface(read_settings(folder), file=str(folder / "config.json"))
+    tensors, source = read_tensors(folder)
+    canonical, set_aside = canonical_tensors(tensors, source=source)
+    return build_encoder(config, canonical, name=name or folder.name, source=source), set_aside
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """What `config.json` of a folder says.
+
+    Raises:
+        InputError: it is missing, or no JSON object.
+    """
+    return _read_json(folder / "config.json")
+
+
+def read_tensors(folder: Path) -> tuple[dict[str, torch.Tensor], str]:
+    """The tensors of a folder in Hugging Face layout, whole or in indexed shards, and what messages call their source.
+
+    Raises:
+        InputError: a file is missing or unreadable.
+    """
     files = _weight_files(folder)
     tensors: dict[str, torch.Tensor] = {}
     for file in files:
@@ -174,9 +200,7 @@ def read_checkpoint(folder: Path, *, name: str | None = None) -> tuple[Encoder, 
         except (SafetensorError, OSError) as error:
             message = f"not a readable safetensors file ({error})"
             raise InputError(message, file=file) from error
-    source = str(files[0] if len(files) == 1 else folder)
-    canonical, set_aside = canonical_tensors(tensors, source=source)
-    return build_encoder(config, canonical, name=name or folder.name, source=source), set_aside
+    return tensors, str(files[0] if len(files) == 1 else folder)
 
 
 def _weight_files(folder: Path) -> list[Path]:

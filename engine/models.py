@@ -1,4 +1,4 @@
-"""From what a user calls a model to an encoder that is ready to run."""
+"""From what a user calls a model to an encoder or a decoder that is ready to run."""
 
 from __future__ import annotations
 
@@ -9,53 +9,90 @@ from typing import Any
 
 import torch
 
-from .checkpoint import build_encoder, canonical_tensors, read_checkpoint
+from .checkpoint import build_encoder, canonical_tensors, read_checkpoint, read_settings
 from .config import BUNDLED, PUBLISHED, config_from_huggingface
+from .decoder import Decoder
+from .decoder_checkpoint import read_decoder
 from .device import resolve_device, resolve_precision
 from .encoder import Encoder
 from .errors import InputError
 from .fair_esm import read_fair_esm
 from .quantise import quantised
+from .quantise_decoder import quantised_decoder
 
 _logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "nano-s"
 _BUNDLED_FOLDER = Path(__file__).parent / "bundled"
 _HUB_OWNER = "facebook"
+PUBLISHED_DECODER = "nferruz/ProtGPT2"
+_ENCODER_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
+_DECODER_FILES = (*_ENCODER_FILES, "tokenizer.json", "vocab.json", "merges.txt")
 
 
-def load_model(model: str | Path = DEFAULT_MODEL, *, device: str = "auto", precision: str = "auto") -> Encoder:
-    """Loads an encoder.
+def load_model(
+    model: str | Path = DEFAULT_MODEL, *, device: str = "auto", precision: str = "auto"
+) -> Encoder | Decoder:
+    """Loads an encoder or a decoder, whichever the checkpoint holds.
 
     Args:
         model: a bundled name (`nano-xs`, `nano-s`), a folder in Hugging Face layout, a fair-esm `.pt` file, or a
-            published name (`esm2_t33_650M_UR50D`), which is fetched once when online. A folder or file of that name
-            comes before a published one.
+            published name (`esm2_t33_650M_UR50D`, `nferruz/ProtGPT2`), which is fetched once when online. A folder or
+            file of that name comes before a published one.
         device: "auto", "cpu", "cuda" or "cuda:N".
         precision: "auto" (bf16 where the hardware has it, else fp32), "fp32", "bf16", "fp16" (GPUs only) or "int8"
             (CPUs only; integer products, see `protnest.engine.quantise`).
 
     Raises:
-        InputError: there is no such model, device or precision, or the checkpoint is not a whole ESM-2 encoder.
+        InputError: there is no such model, device or precision, or the checkpoint is not a whole ESM-2 encoder or
+            GPT-2 decoder.
     """
     # Both are settled first: a wrong word should not cost the reading of gigabytes.
     where = resolve_device(device)
     dtype = resolve_precision(precision, where)
-    encoder, set_aside = _read(model)
+    found, set_aside = _read(model)
     if set_aside:
-        _logger.info("%s: set aside, no part of the encoder: %s", encoder.name, ", ".join(set_aside))
+        _logger.info("%s: set aside, no part of the model: %s", found.name, ", ".join(set_aside))
     if dtype == torch.int8:
-        return quantised(encoder)
-    return encoder.to(device=where, dtype=dtype).requires_grad_(False)
+        return quantised(found) if isinstance(found, Encoder) else quantised_decoder(found)
+    return found.to(device=where, dtype=dtype).requires_grad_(False)
 
 
-def _read(model: str | Path) -> tuple[Encoder, list[str]]:
+def load_encoder(model: str | Path = DEFAULT_MODEL, *, device: str = "auto", precision: str = "auto") -> Encoder:
+    """`load_model` for whoever needs an encoder.
+
+    Raises:
+        InputError: as `load_model`, or the checkpoint holds a decoder.
+    """
+    found = load_model(model, device=device, precision=precision)
+    if not isinstance(found, Encoder):
+        message = f"{found.name} is a decoder, which generates and scores by pseudo-ll; this takes an encoder"
+        raise InputError(message)
+    return found
+
+
+def load_decoder(model: str | Path, *, device: str = "auto", precision: str = "auto") -> Decoder:
+    """`load_model` for whoever needs a decoder.
+
+    Raises:
+        InputError: as `load_model`, or the checkpoint holds an encoder.
+    """
+    found = load_model(model, device=device, precision=precision)
+    if not isinstance(found, Decoder):
+        message = (
+            f"{found.name} is an encoder, which cannot generate; this takes a decoder, such as {PUBLISHED_DECODER}"
+        )
+        raise InputError(message)
+    return found
+
+
+def _read(model: str | Path) -> tuple[Encoder | Decoder, list[str]]:
     name = str(model)
     if name in BUNDLED:
         return read_checkpoint(_BUNDLED_FOLDER / name, name=name)
     path = Path(model).expanduser()
     if path.is_dir():
-        return read_checkpoint(path)
+        return _read_folder(path, path.name)
     if path.is_file():
         if path.suffix != ".pt":
             message = "a model file ends in .pt (fair-esm); other checkpoints are folders"
@@ -63,29 +100,34 @@ def _read(model: str | Path) -> tuple[Encoder, list[str]]:
         return read_fair_esm(path)
     published = name.removeprefix(f"{_HUB_OWNER}/")
     if published in PUBLISHED:
-        return read_checkpoint(_fetch(published), name=published)
-    known = [*BUNDLED, *PUBLISHED]
+        return read_checkpoint(_fetch(f"{_HUB_OWNER}/{published}", _ENCODER_FILES), name=published)
+    if name == PUBLISHED_DECODER:
+        return _read_folder(_fetch(name, _DECODER_FILES), name)
+    known = [*BUNDLED, *PUBLISHED, PUBLISHED_DECODER]
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     message = (
         f"no model {name!r}: {hint}it is neither a bundled name ({', '.join(BUNDLED)}), nor a folder or .pt file here, "
-        f"nor a published name ({', '.join(PUBLISHED)})"
+        f"nor a published name ({', '.join([*PUBLISHED, PUBLISHED_DECODER])})"
     )
     raise InputError(message)
 
 
-def _fetch(name: str) -> Path:
+def _read_folder(folder: Path, name: str) -> tuple[Encoder | Decoder, list[str]]:
+    if read_settings(folder).get("model_type") == "gpt2":
+        return read_decoder(folder, name=name)
+    return read_checkpoint(folder, name=name)
+
+
+def _fetch(repository: str, files: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    repository = f"{_HUB_OWNER}/{name}"
     try:
-        folder = snapshot_download(
-            repository, allow_patterns=["config.json", "*.safetensors", "*.safetensors.index.json"]
-        )
+        folder = snapshot_download(repository, allow_patterns=list(files))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         message = (
-            f"{name} is not in the local cache and could not be fetched ({type(error).__name__}). Where there is a "
+            f"{repository} is not in the local cache and could not be fetched ({type(error).__name__}). Where there is a "
             f"network, run `hf download {repository}`; then copy that folder here and pass its path to --model"
         )
         raise InputError(message) from error

@@ -17,7 +17,7 @@ drowns the others, and what that token then tells the rest decides the worst pro
 three times the usual are rounded twice: what the first rounding left is rounded again and multiplied in a second, small
 product. Over 110 proteins that lifts the first percentile of residues' cosine from 0.990 to 0.998.
 
-mu, std and the usual scale are those of a fixed set of made-up proteins (`_calibration_batch`), run through the fp32
+mu, std and the usual scale are those of a fixed set of made-up proteins (`calibration_proteins`), run through the fp32
 model when it is quantised: they follow from the weights, never from what a run has seen. s is rounded to a power of
 two, so that folding it is exact.
 
@@ -30,7 +30,7 @@ import copy
 import math
 import random
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +44,9 @@ from ..kernels.rotary_attention import RotaryTable, rotary_attention
 from .encoder import Encoder
 from .errors import InputError
 from .packing import PackedBatch, pack
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 SCHEME = 1
 """Version of the arithmetic: models quantised by another one need not agree bit for bit."""
@@ -139,21 +142,23 @@ class QuantisedLinear(nn.Module):
         return Product(sums_NO, bias_O, Scales(self.scale_O, self.sum_O, levels.scale_N, levels.shift_N))
 
 
-class QuantisedEncoder(Encoder):
-    """An encoder made by `quantised`: int8 products, for inference on a CPU."""
+class Int8Model(nn.Module):
+    """What models with int8 products share: they stay on the CPU, in fp32 beside, and are not trained."""
+
+    name: str
 
     @property
     def product_dtype(self) -> torch.dtype:
         return torch.int8
 
-    def train(self, mode: bool = True) -> QuantisedEncoder:
+    def train(self, mode: bool = True) -> Self:
         if mode:
             message = f"{self.name} runs in int8, which is not trained; load it with precision 'fp32' or 'bf16'"
             raise InputError(message)
         super().train(mode)
         return self
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantisedEncoder:
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         # Every `.to`, `.cuda`, `.half` comes through here, and would turn scales to bf16 without a word.
         moved = fn(torch.zeros(1))
         if moved.device.type != "cpu" or moved.dtype != torch.float32:
@@ -164,6 +169,10 @@ class QuantisedEncoder(Encoder):
             raise InputError(message)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
+
+
+class QuantisedEncoder(Int8Model, Encoder):
+    """An encoder made by `quantised`: int8 products, for inference on a CPU."""
 
 
 @torch.no_grad()
@@ -189,13 +198,13 @@ def quantised(encoder: Encoder) -> QuantisedEncoder:
     result.embed_tokens = copy.deepcopy(encoder.embed_tokens)
     result.final_norm = copy.deepcopy(encoder.final_norm)
     result.head = copy.deepcopy(encoder.head)
-    batch = _calibration_batch()
+    batch = pack(calibration_proteins())
     x_TD = encoder._embed(batch)
     table = encoder._rotary_table(max(batch.lengths_B))
     for given, own in zip(encoder.layers, result.layers, strict=True):
         inputs, x_TD = _run_layer(given, x_TD, batch, table)
         try:
-            _fill_layer(own, given, inputs)
+            fill_layer(own, given, inputs)
         except ValueError as error:
             message = f"{encoder.name} cannot run in int8: {error}"
             raise InputError(message) from error
@@ -203,12 +212,11 @@ def quantised(encoder: Encoder) -> QuantisedEncoder:
     return result.eval()
 
 
-def _calibration_batch() -> PackedBatch:
+def calibration_proteins() -> list[str]:
+    """The made-up proteins by which channels are centred and scaled: always the same ones."""
     generator = random.Random(SCHEME)
     letters, shares = "".join(_COMPOSITION), list(_COMPOSITION.values())
-    return pack(
-        ["".join(generator.choices(letters, shares, k=_CALIBRATION_RESIDUES)) for _ in range(_CALIBRATION_PROTEINS)]
-    )
+    return ["".join(generator.choices(letters, shares, k=_CALIBRATION_RESIDUES)) for _ in range(_CALIBRATION_PROTEINS)]
 
 
 def _run_layer(
@@ -224,7 +232,7 @@ def _run_layer(
     return inputs, x_TD + layer.fc2(inputs["fc2"])
 
 
-def _scales(weight_OI: torch.Tensor, std_I: torch.Tensor, migration: float) -> torch.Tensor:
+def channel_scales(weight_OI: torch.Tensor, std_I: torch.Tensor, migration: float) -> torch.Tensor:
     """`s` of the equation, powers of two, fp32 (I,), the median channel's one."""
     rms_I = weight_OI.square().mean(dim=0).sqrt()
     tiny = torch.finfo(torch.float32).tiny
@@ -233,13 +241,19 @@ def _scales(weight_OI: torch.Tensor, std_I: torch.Tensor, migration: float) -> t
     return torch.exp2((log_I - log_I.median()).clamp(-most, most).round())
 
 
-def _fill_layer(own: Any, given: Any, inputs: dict[str, torch.Tensor]) -> None:
-    """Puts quantised products and folded norms in place of a layer's."""
+def fill_layer(own: Any, given: Any, inputs: dict[str, torch.Tensor]) -> None:
+    """Puts quantised products and folded norms in place of a layer's.
+
+    Args:
+        own: the layer to be filled.
+        given: the fp32 layer.
+        inputs: of its products `qkv`, `out`, `fc1` and `fc2`, on the made-up proteins.
+    """
     weights, biases, means, scales = {}, {}, {}, {}
     for name, migration in _MIGRATION.items():
         weights[name], biases[name] = getattr(given, name).weight, getattr(given, name).bias
         std_I, means[name] = torch.std_mean(inputs[name], dim=0)
-        scales[name] = _scales(weights[name], std_I, migration)
+        scales[name] = channel_scales(weights[name], std_I, migration)
         biases[name] = biases[name] + weights[name] @ means[name]
         weights[name] = weights[name] * scales[name]
     # The values that qkv makes are `out`'s input, since attention only mixes them: centred and scaled at their source.

@@ -18,7 +18,7 @@ from .family import Family
 from .heatmap import check_heatmap, draw_heatmap
 from .judgement import Judgement, as_report, judge
 from .library import Progress
-from .models import DEFAULT_MODEL, load_model
+from .models import DEFAULT_MODEL, load_encoder
 from .ridge_head import RidgeHead
 from .score_landscape import Sightings
 from .score_outputs import ScoreOutputs
@@ -131,7 +131,7 @@ class _Models:
         names = names or (DEFAULT_MODEL,)
 
         def load(place: int) -> Any:
-            return load_model(names[place], device=job.device, precision=job.precision)
+            return load_encoder(names[place], device=job.device, precision=job.precision)
 
         self.family = Family(load, len(names), resident=self.head is not None or len(names) == 1)
         if self.head is not None:

@@ -107,13 +107,13 @@ def fit_chain(
 
     from rich.console import Console
 
-    from ..engine.models import load_model
+    from ..engine.models import load_encoder
     from ..engine.progress import ResidueProgress
     from .chain_fit import NAIVE
     from .chain_fit import fit_chain as fit
     from .gram_pass import PassOptions, run_pass
 
-    encoders = [load_model(name, device=device, precision="fp32") for name in models.split(",")]
+    encoders = [load_encoder(name, device=device, precision="fp32") for name in models.split(",")]
     console = Console(stderr=True)
     state = out.with_name(out.name + ".gram") if gram is None else gram
     options = PassOptions(sequences=sequences, max_tokens=max_tokens)
@@ -190,7 +190,7 @@ def probe(
     from rich.console import Console
 
     from ..engine.chain import Chain
-    from ..engine.models import load_model
+    from ..engine.models import load_encoder
     from ..engine.progress import ResidueProgress
     from ..engine.variants import confine, parse_region, read_scan, read_wild_type
     from .head_fit import HeadPlan, ScanOrigin, check_out, fit_head
@@ -217,7 +217,7 @@ def probe(
     chains = [Chain.load(file) for file in chain or ()]
     names = models.split(",")
     plan = None if save is None else HeadPlan.of(len(names), chains, features=save_features, pooling=save_pooling)
-    encoders = [load_model(each, device=device, precision=precision) for each in names]
+    encoders = [load_encoder(each, device=device, precision=precision) for each in names]
     if plan is not None:
         plan.check_lengths(encoders, max(len(each.sequence) for each in scan))
     console = Console(stderr=True)
@@ -305,7 +305,7 @@ def probe_labels(
     from rich.console import Console
 
     from ..engine.chain import Chain
-    from ..engine.models import load_model
+    from ..engine.models import load_encoder
     from ..engine.progress import ResidueProgress
     from .label_task import probe_labels as run
     from .labelled import choose, read_classes, read_states
@@ -319,7 +319,7 @@ def probe_labels(
     found = read_classes(labels) if sequences is None else read_states(sequences, labels, mask)
     proteins = choose(found, longest=longest, train=train, test=test, seed=seed)
     chains = [Chain.load(file) for file in chain or ()]
-    encoders = [load_model(each, device=device, precision=precision) for each in models.split(",")]
+    encoders = [load_encoder(each, device=device, precision=precision) for each in models.split(",")]
     with ResidueProgress(Console(stderr=True)) as progress:
         progress.start(len(proteins), len(encoders) * sum(len(each.sequence) for each in proteins), 0)
         found_report = run(encoders, proteins, chains=chains, seed=seed, after_batch=progress.advance)
