@@ -488,7 +488,7 @@ def test_marginals_by_hand() -> None:
     """Rows may lie in any order; a site that is replaced by itself adds nothing."""
     places = [5, 1, 3]
     logits_PV = np.arange(99, dtype=np.float32).reshape(3, 33) ** 2
-    names = ["A4G:K2R", "I6L", "WT", "K2R:A4G", "A4A"]
+    names = ["A4G:K2R", "I6L", "WT", "K2R:A4G", "A4A", "WT"]
     gain = {
         name: float(logits_PV[row, TOKEN_IDS[name[-1]]]) - float(logits_PV[row, TOKEN_IDS[name[0]]])
         for name, row in (("A4G", 2), ("K2R", 1), ("I6L", 0))
@@ -496,7 +496,7 @@ def test_marginals_by_hand() -> None:
     both = gain["A4G"] + gain["K2R"]
     variants = [parse_variant(name, "MKTAYIAK") for name in names]
     got = marginals(variants, "MKTAYIAK", places, logits_PV)
-    assert (got.tolist(), got.dtype) == ([both, gain["I6L"], 0, both, 0], np.float32)
+    assert (got.tolist(), got.dtype) == ([both, gain["I6L"], 0, both, 0, 0], np.float32)
 
 
 def test_score_distinct(reference: ScoreReference) -> None:
