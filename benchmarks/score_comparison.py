@@ -40,9 +40,9 @@ LEAST_SPEARMAN = {"fp32": 0.999, "fp16": 0.999, "bf16": 0.995, "int8": 0.98}
 """Least rank correlation with fair-esm's scores in fp32."""
 GAINS = ("touched positions alone", "last layer for masked rows alone", "packed batches")
 
-# Tokens on which forms of fair-esm's loop are tried: as many as its largest batch of copies holds on a CPU.
+# Tokens on which forms of fair-esm's loop are tried, at least; and its bf16.
 _TRIED_TOKENS = 16
-_AUTOCAST_TOKENS = 4
+_BF16_TOKENS = 8
 _CPU = torch.device("cpu")
 
 
@@ -107,8 +107,7 @@ def check_scores(precision: str, expected_N: Vectors, got_N: Vectors) -> Agreeme
     if got_N.shape != expected_N.shape:
         message = f"ours {precision}: scores of shape {got_N.shape}, expected {expected_N.shape}; nothing is timed"
         raise ParityError(message)
-    wide = got_N.astype(np.float64), expected_N.astype(np.float64)
-    found = Agreement(float(np.abs(wide[0] - wide[1]).max()), spearman(*wide))
+    found = _agreement(expected_N, got_N)
     if not (found.difference <= ALLOWED[precision] and found.spearman >= LEAST_SPEARMAN[precision]):
         message = (
             f"ours {precision}: scores differ from fair-esm's by up to {found.difference:.2g} (allowed "
@@ -117,6 +116,11 @@ def check_scores(precision: str, expected_N: Vectors, got_N: Vectors) -> Agreeme
         )
         raise ParityError(message)
     return found
+
+
+def _agreement(expected_N: Vectors, got_N: Vectors) -> Agreement:
+    got, expected = got_N.astype(np.float64), expected_N.astype(np.float64)
+    return Agreement(float(np.abs(got - expected).max()), spearman(got, expected))
 
 
 def timed(device: torch.device, work: Callable[[], Vectors]) -> Run:
@@ -192,10 +196,6 @@ class ScoreCourse:
         names = [variant.name for variant in variants]
         return score_variants(encoder, self._problem.wild_type, names, max_tokens=max_tokens)
 
-    def _table(self, tokens: Sequence[int], copies: int = 1, *, autocast: bool = False) -> Vectors:
-        table_PV: Vectors = self._loop.log_probabilities(tokens, copies, autocast=autocast).float().cpu().numpy()
-        return table_PV
-
     def _try_forms(self) -> Row:
         """Chooses the copies a batch of fair-esm's loop."""
         tokens = [place + 1 for place in self._places]
@@ -204,18 +204,33 @@ class ScoreCourse:
         seconds: dict[int, list[float]] = {copies: [] for copies in self._plan.copies}
         for _ in range(self._plan.tries):
             for copies, found in seconds.items():
-                found.append(timed(self._plan.device, partial(self._table, tried, copies)).seconds / len(tried))
+                work = partial(self._loop.score, (), tried, copies)
+                found.append(timed(self._plan.device, work).seconds / len(tried))
         self._copies = min(seconds, key=lambda copies: min(seconds[copies]))
-        few = tried[:_AUTOCAST_TOKENS]
-        # In fp32 beside it, on as few tokens and next to it in time.
-        in_fp32, in_bf16 = (
-            timed(self._plan.device, partial(self._table, few, autocast=autocast)) for autocast in (False, True)
-        )
         return {
             "copies": self._copies,
             "copies_seconds_per_position": {str(copies): min(found) for copies, found in seconds.items()},
-            "bf16_failure": self._loop.why_no_bf16(),
-            "autocast_times_slower": in_bf16.seconds / in_fp32.seconds,
+            "in_bf16": self._try_bf16(),
+        }
+
+    def _try_bf16(self) -> dict[str, Row]:
+        """What fair-esm's loop would gain and lose in bf16: its model brought to it, and torch's autocast."""
+        places = spread_over(self._places, _BF16_TOKENS)
+        variants, tokens = self._problem.variants_at(places), [place + 1 for place in places]
+        cast = self._loop.in_bf16()
+        ways = {
+            "fp32": partial(self._loop.score, variants, tokens, self._copies),
+            "cast": partial(cast.score, variants, tokens, self._copies),
+            "autocast": partial(self._loop.score, variants, tokens, self._copies, autocast=True),
+        }
+        runs = {way: timed(self._plan.device, work) for way, work in ways.items()}
+        expected = runs.pop("fp32")
+        return {
+            way: {
+                "times_slower": run.seconds / expected.seconds,
+                **_agreement(expected.scores_N, run.scores_N)._asdict(),
+            }
+            for way, run in runs.items()
         }
 
     def _pairs(self, expected_N: Vectors, about_loop: Row) -> tuple[list[Row], dict[str, float]]:

@@ -186,6 +186,7 @@ class FairEsmLoop:
     name = FAIR_ESM
 
     def __init__(self, encoder: Encoder, wild_type: str, *, device: torch.device) -> None:
+        self._encoder = encoder
         self.model = fair_esm_twin(encoder).to(device)
         self.wild_type = wild_type
         convert = self.model.alphabet.get_batch_converter()
@@ -216,9 +217,11 @@ class FairEsmLoop:
                 rows.append(torch.log_softmax(self.model(masked_CL)["logits"], dim=-1)[each_C, chosen_C])
         return torch.cat(rows)
 
-    def score(self, variants: Sequence[Variant], tokens: Sequence[int], copies: int = 1) -> Vectors:
+    def score(
+        self, variants: Sequence[Variant], tokens: Sequence[int], copies: int = 1, *, autocast: bool = False
+    ) -> Vectors:
         """Scores of single substitutions at residues that are among the tokens: float32 (N,)."""
-        table_PV = self.log_probabilities(tokens, copies).cpu().numpy()
+        table_PV = self.log_probabilities(tokens, copies, autocast=autocast).float().cpu().numpy()
         row_of = {token: row for row, token in enumerate(tokens)}
         rows = [row_of[variant.sites[0] + 1] for variant in variants]
         after = [self.model.alphabet.get_idx(variant.sequence[variant.sites[0]]) for variant in variants]
@@ -226,16 +229,13 @@ class FairEsmLoop:
         scores: Vectors = table_PV[rows, after] - table_PV[rows, before]
         return scores
 
-    def why_no_bf16(self) -> str | None:
-        """What torch says when this model is brought to bf16 and run; None where it does run."""
-        trial = copy.copy(self)
-        # Of its own: rotary frequencies do not come back from bf16 as they were.
-        trial.model = copy.deepcopy(self.model).bfloat16()
-        try:
-            trial.log_probabilities([0])
-        except RuntimeError as error:
-            return str(error).splitlines()[0]
-        return None
+    def in_bf16(self) -> FairEsmLoop:
+        """The same with its model brought to bf16, which rounds its rotary places and frequencies, too."""
+        cast = copy.copy(self)
+        # A model of its own that has not run: in a copy of this one rotary tables would still be fp32, and torch would
+        # refuse to multiply what comes of them.
+        cast.model = fair_esm_twin(self._encoder).to(self._tokens_1L.device, torch.bfloat16)
+        return cast
 
 
 @contextmanager

@@ -109,13 +109,15 @@ def test_scores_are_differences_at_the_variants_own_token(problem: Problem, loop
     np.testing.assert_array_equal(loop.score(problem.variants[:19], tokens, 4), theirs[:19])
 
 
-def test_fair_esm_does_not_come_in_bf16_and_stays_as_it_was(loop: FairEsmLoop) -> None:
-    before = {name: tensor.clone() for name, tensor in loop.model.state_dict().items()}
-    reason = loop.why_no_bf16()
-    assert reason is None or "dtype" in reason
-    for name, tensor in loop.model.state_dict().items():
-        assert torch.equal(tensor, before[name]), name
-    assert loop.log_probabilities([1], autocast=True).shape == (1, 33)
+def test_fair_esm_in_bf16_runs_and_leaves_the_other_as_it_was(problem: Problem, loop: FairEsmLoop) -> None:
+    tokens = [place + 1 for place in TOUCHED]
+    expected = loop.score(problem.variants, tokens)
+    cast = loop.in_bf16()
+    for got in (cast.score(problem.variants, tokens), loop.score(problem.variants, tokens, autocast=True)):
+        assert got.dtype == np.float32
+        assert 1e-3 < np.abs(got - expected).max() < 0.5
+    assert {parameter.dtype for parameter in cast.model.parameters()} == {torch.bfloat16}
+    np.testing.assert_array_equal(loop.score(problem.variants, tokens), expected)
 
 
 @pytest.mark.parametrize("lost", ["fc1", "lm_head.bias", "lm_head.dense"])
@@ -310,7 +312,11 @@ def test_what_rows_hold(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> No
     whole = rows[5:]
     assert theirs["copies"] in (1, 4)
     assert set(theirs["copies_seconds_per_position"]) == {"1", "4"}
-    assert theirs["autocast_times_slower"] > 0
+    assert set(theirs["in_bf16"]) == {"cast", "autocast"}
+    for way in theirs["in_bf16"].values():
+        assert way["times_slower"] > 0
+        assert 1e-3 < way["difference"] < 0.5
+        assert 0.99 < way["spearman"] < 1
     assert (theirs["times_faster_median"], theirs["times_faster_whole"]) == (None, None)
     assert (ours["positions"], ours["pairs"]) == (9, 3)
     for name in ("ms_per_position", "cpu_ms_per_position", "times_faster", "times_faster_cpu"):
