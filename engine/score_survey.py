@@ -173,6 +173,8 @@ def _survey(
 ) -> SurveyedAssay:
     found = SurveyedAssay(assay)
     columns = assay.source.columns
+    # Only text leaves open what a column holds; cells of a parquet file have their types.
+    text = all(isinstance(kind, str) for kind in assay.source.kinds)
     kinds = ColumnKinds(len(columns))
     places_of = {name: columns.index(name) for name in options.number_columns if name in columns}
     found.numbers = {name: array("d") for name in places_of}
@@ -195,11 +197,11 @@ def _survey(
         assert entry.target is not None
         assert entry.variant is not None
         found.accepted.append(True)
-        kinds.see(entry.row.cells)
+        if text:
+            kinds.see(entry.row.cells)
         for numbers, value in zip(found.numbers.values(), measured, strict=True):
             numbers.append(value)
         _take(found, entry.target, entry.variant, options, proteins, places)
-    text = all(kind == "text" for kind in assay.source.kinds)
     found.kinds = kinds.kinds if text else assay.source.kinds
     if found.rejected == found.rows:
         message = f"none of its {found.rows:,} rows can be scored" + (f"; see {rejects.path}" if rejects else "")
