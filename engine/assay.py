@@ -188,7 +188,7 @@ def _table_targets(path: Path, invalid: InvalidPolicy) -> Iterator[tuple[Target,
                 raise InputError(message)
             sequence = clean_sequence(text, invalid)
         except InputError as error:
-            raise InputError(error.problem, file=path, line=row.line, record=row.number, record_id=name or None) from error
+            raise InputError(error.problem, file=path, line=row.line, record=row.number, record_id=name) from error
         masked = sequence.count("X") > text.upper().count("X")
         yield Target(id=name, sequence=sequence, flags=("masked",) if masked else ()), row.line
 
