@@ -136,7 +136,7 @@ def test_an_offset_is_suggested_once_for_each_wild_type(tmp_path: Path, caplog: 
     assert [record.getMessage().partition("; with ")[2] for record in caplog.records] == [
         "--offset 10 all of the first 3 variants fit"
     ]
-    with pytest.raises(InputError, match="line 3.*residue 11 lies beyond the protein's 8$"):
+    with pytest.raises(InputError, match=r"line 3.*residue 11 lies beyond the protein's 8$"):
         survey([tmp_path / "x.csv"], BY_MUTANT)
 
 
