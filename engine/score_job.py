@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -167,7 +168,8 @@ class _Models:
 
     def survey_options(self) -> SurveyOptions:
         job, head = self._job, self.head
-        numbers = (job.truth_column, CLASS_COLUMN) if job.report else ()
+        classes = (CLASS_COLUMN,) if job.report and job.cutoff is None else ()
+        numbers = (job.truth_column, *classes) if job.report else ()
         if head is not None:
             return SurveyOptions(
                 by_site=False,
@@ -175,6 +177,7 @@ class _Models:
                 check=lambda variant, wild_type: _check_head(head, variant, wild_type),
                 on_error=job.on_error,
                 number_columns=numbers,
+                class_columns=classes,
             )
         return SurveyOptions(
             by_site=job.method in SITE_METHODS,
@@ -182,6 +185,7 @@ class _Models:
             check=lambda variant, wild_type: check_variant(variant, job.method),
             on_error=job.on_error,
             number_columns=numbers,
+            class_columns=classes,
         )
 
 
@@ -204,10 +208,14 @@ def run_job(job: ScoreJob, progress: Progress, *, details: dict[str, Any] | None
     check_method(job.method, job.compat)
     if job.heatmap is not None:
         check_heatmap(job.heatmap)
+    if job.cutoff is not None and not math.isfinite(job.cutoff):
+        message = f"the cutoff is {job.cutoff}, expected a finite number"
+        raise InputError(message)
     targets = read_targets(job.wild_types, invalid=job.reading.invalid)
     sources = _sources(job, targets)
     assays = [Assay(source, targets, job.reading) for source in sources]
-    outputs = None if job.out is None else ScoreOutputs.at(job.out, [source.path for source in sources])
+    others = [path for path in (job.wild_types, job.head, job.chain) if path is not None]
+    outputs = None if job.out is None else ScoreOutputs.at(job.out, [source.path for source in sources], others=others)
     if job.report and not any(job.truth_column in source.columns for source in sources):
         message = f"a report needs measurements: no table has a column {job.truth_column!r}; --truth-col names another"
         raise InputError(message, file=sources[0].path)
@@ -222,9 +230,16 @@ def run_job(job: ScoreJob, progress: Progress, *, details: dict[str, Any] | None
         columns.check(source)
     settings = _settings(job, models, sources, list(targets.values()))
     finished = outputs is not None and outputs.is_finished(settings, overwrite=job.overwrite)
-    if outputs is not None and not finished:
-        outputs.begin()
+    work = None if outputs is None else outputs.work
+    if work is not None and work.is_dir():
+        # Another run's folder is refused before anything of that run is written over. What a finished run was killed
+        # while removing goes.
+        with ScoreState(work, settings, overwrite=job.overwrite or finished) as state:
+            if finished:
+                state.clear()
     survey = survey_assays(assays, models.survey_options(), rejects=None if outputs is None else outputs.rejects)
+    if outputs is not None:
+        _begin(outputs, survey, columns, finished=finished)
     result = ScoreJobResult(
         outputs=outputs,
         models=models.names,
@@ -239,7 +254,6 @@ def run_job(job: ScoreJob, progress: Progress, *, details: dict[str, Any] | None
         assert outputs is not None
         scores = [_read_scores(table, job.score_column) for table in outputs.tables]
         return _judged(job, survey, scores, replace(result, finished_before=True))
-    work = None if outputs is None else outputs.work
     with ScoreState(work, settings, overwrite=job.overwrite) as state:
         run = ScoreRun(survey, models.names, models.scorer, state, progress).run()
         sightings = Sightings()
@@ -253,6 +267,13 @@ def run_job(job: ScoreJob, progress: Progress, *, details: dict[str, Any] | None
     return result
 
 
+def _begin(outputs: ScoreOutputs, survey: Survey, columns: ScoreColumns, *, finished: bool) -> None:
+    for surveyed, table in zip(survey.assays, outputs.tables, strict=True):
+        columns.check_output(surveyed, table)
+    if not finished:
+        outputs.begin(rejected=survey.rejected)
+
+
 def _sources(job: ScoreJob, targets: dict[str, Target]) -> list[Source]:
     if not job.tables:
         chosen = job.reading.target
@@ -260,7 +281,8 @@ def _sources(job: ScoreJob, targets: dict[str, Target]) -> list[Source]:
             message = f"holds no wild type {chosen!r}; it has {', '.join([*targets][:10])}"
             raise InputError(message, file=job.wild_types)
         some = [target for name, target in targets.items() if chosen in (None, name)]
-        return [AllSingles(some, offset=job.reading.offset, path=Path(f"{_ALL_SINGLES}.csv"))]
+        columns = (job.reading.target_column, job.reading.mutant_column)
+        return [AllSingles(some, offset=job.reading.offset, path=Path(f"{_ALL_SINGLES}.csv"), columns=columns)]
     paths: list[Path] = []
     for path in job.tables:
         inside = sorted(each for each in path.iterdir() if _is_table(each)) if path.is_dir() else [path]
@@ -338,12 +360,15 @@ def _read_scores(table: Path, column: str) -> Any:
 def _draw(job: ScoreJob, models: _Models, survey: Survey, run: RunResult, sightings: Sightings) -> list[Path]:
     assert job.heatmap is not None
     by_site = models.survey_options().by_site
-    drawn = []
+    drawn: list[Path] = []
     for target in sightings.targets:
         path = job.heatmap
         if len(sightings.targets) > 1:
             safe = "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in target.id)
             path = path.with_name(f"{path.stem}-{safe}{path.suffix}")
+            # Two ids may differ in what file names lack.
+            if path in drawn:
+                path = path.with_name(f"{path.stem}-{len(drawn) + 1}{path.suffix}")
         landscape = sightings.landscape(
             target,
             survey.proteins[target.sequence].places,
