@@ -31,8 +31,8 @@ from protnest.benchmarks.peers import FAIR_ESM, PROTNEST, Vectors, at_precision
 from protnest.benchmarks.rows import Row
 from protnest.benchmarks.score_engines import FairEsmLoop, Problem, spread_over, whole_last_layer
 from protnest.engine import Encoder, score_variants
+from protnest.engine.ranking import spearman
 from protnest.engine.variants import Variant, parse_variant, read_scan, read_wild_type
-from protnest.training.ridge_probe import spearman
 
 ALLOWED = {"fp32": 1e-4, "fp16": 0.1, "bf16": 0.5, "int8": 2.0}
 """Largest difference of a score from fair-esm's in fp32, in nats."""

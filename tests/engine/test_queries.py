@@ -281,8 +281,8 @@ def test_other_errors_are_not_caught() -> None:
 def test_no_head() -> None:
     headless = Encoder(_encoder().config, head=False, name="headless")
     message = (
-        "headless has no language-model head, and its checkpoint cannot score: only `--head` reads scores from "
-        "embeddings"
+        "headless has no language-model head: its checkpoint holds the encoder alone, from which only a fitted ridge "
+        "head reads scores"
     )
     with pytest.raises(InputError, match=re.escape(message)):
         QueryRunner(headless)
