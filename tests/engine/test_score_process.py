@@ -90,12 +90,15 @@ def test_kill_at_eight_random_moments(folder: Path, whole: dict[str, Any], tmp_p
     run_s = whole["residues"] / whole["residues_per_s"]
     moments = random.Random(5)
     killed = kept = 0
+    starting_s = 0.0
     for _ in range(8):
+        begun = time.monotonic()
         process = start(command(folder, out))
-        # Starting up takes most of the time; the moments lie in what follows it.
+        # Starting up takes most of the time; the moments lie in what follows it, and a little before.
         while process.poll() is None and not (work / "run.json").exists():
             time.sleep(0.01)
-        time.sleep(moments.uniform(0.0, 0.7 * run_s))
+            starting_s = time.monotonic() - begun
+        time.sleep(max(0.0, starting_s + moments.uniform(-0.1, 0.7) * run_s - (time.monotonic() - begun)))
         process.send_signal(signal.SIGKILL)
         process.communicate()
         if process.returncode == -signal.SIGKILL:
