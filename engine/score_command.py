@@ -119,6 +119,10 @@ def score(
     if out is None and heatmap is None and not report:
         message = "nothing would be kept: give --out, --heatmap or --report"
         raise typer.BadParameter(message)
+    models = None if model is None else tuple(name.strip() for name in model.split(","))
+    if models is not None and not all(models):
+        message = f"--model {model!r} holds an empty name"
+        raise typer.BadParameter(message)
     if compat is not None and method != "pseudo-ll":
         message = "--compat goes with --method pseudo-ll"
         raise typer.BadParameter(message)
@@ -129,7 +133,7 @@ def score(
         wild_types=wt,
         tables=tuple(mutants or ()),
         out=out,
-        models=None if model is None else tuple(model.split(",")),
+        models=models,
         method=method,
         compat=compat,
         head=head,

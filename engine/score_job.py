@@ -27,7 +27,7 @@ from .score_run import RunResult, Scorer, ScoreRun
 from .score_state import ScoreState
 from .score_survey import Survey, SurveyedAssay, SurveyOptions, survey_assays
 from .score_table import ScoreColumns, look_up, write_scores
-from .scorers import HeadScorer, ModelScorer
+from .scorers import HeadScorer, ModelScorer, language_head_hash
 from .scoring import SITE_METHODS, check_method, check_variant
 from .table import Table
 from .variants import Variant
@@ -131,8 +131,13 @@ class _Models:
             raise InputError(message)
         names = names or (DEFAULT_MODEL,)
 
+        self.language_heads: dict[int, str] = {}
+
         def load(place: int) -> Any:
-            return load_model(names[place], device=job.device, precision=job.precision)
+            encoder = load_model(names[place], device=job.device, precision=job.precision)
+            if self.head is None:
+                self.language_heads[place] = language_head_hash(encoder)
+            return encoder
 
         self.family = Family(load, len(names), resident=self.head is not None or len(names) == 1)
         if self.head is not None:
@@ -305,6 +310,7 @@ def _settings(job: ScoreJob, models: _Models, sources: Sequence[Source], targets
         "method": _HEAD_METHOD if models.head is not None else job.method,
         "compat": job.compat,
         "models": [[member.name, member.fingerprint] for member in models.family.members],
+        "language_heads": [*models.language_heads.values()],
         "head": None if models.head is None else models.head.fingerprint,
         "chain": None if models.chain is None else models.chain.fingerprint,
         "aggregate": job.aggregate,

@@ -235,7 +235,7 @@ def first_slip(folder: Path) -> InputError:
 
 
 def test_offsets_are_suggested_target_by_target(tmp_path: Path) -> None:
-    text = "target,mutant\none,K2A\none,M1A\ntwo,H13A\ntwo,M14A\ntwo,M14\nextra,one,M99A\n"
+    text = "target,mutant\none,K2A\none,M1A\ntwo,H13A\ntwo,M14A\ntwo,M14\ntwo\ntwo,M99A,x\n"
     found = assay(tmp_path / "x.csv", text, {"one": WILD_TYPE, "two": OTHER})
     assert first_problem(found).endswith("; with --offset 10 all of the first 3 variants fit")
 
