@@ -179,7 +179,13 @@ def test_what_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize(
     ("places", "count", "expected"),
-    [(range(5), 9, [0, 1, 2, 3, 4]), (range(0, 18, 2), 3, [0, 8, 16]), ([4, 7, 9], 2, [4, 9]), ([], 0, [])],
+    [
+        (range(5), 9, [0, 1, 2, 3, 4]),
+        (range(6), 4, [0, 2, 3, 5]),
+        (range(0, 18, 2), 3, [0, 8, 16]),
+        ([4, 7, 9], 2, [4, 9]),
+        ([], 0, []),
+    ],
 )
 def test_a_part_is_spread_from_end_to_end(places: Sequence[int], count: int, expected: list[int]) -> None:
     assert spread_over(places, count) == expected
