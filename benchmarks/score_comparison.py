@@ -4,9 +4,9 @@ In each turn fair-esm's loop and ours in every precision run over the same resid
 ratios are taken within the turn. Masked tokens cost the same wherever they are, so that a part of them tells the rate;
 the whole protein is run once, apart.
 
-What is allowed: in fp32 scores within 1e-4 of fair-esm's. In other precisions a difference of a few times what right
-ones were seen at with a real 8M checkpoint whose scores spread by 2.2 (bf16 0.07, int8 0.4), and nearly its order: a
-residue that is not masked ranks at 0.92, a neighbour's logits at far less.
+What is allowed: in fp32 scores within 1e-4 of fair-esm's. In other precisions a difference of three to five times what
+right ones were seen at over a whole protein with a real 8M checkpoint, whose scores spread by 2.2 (bf16 0.1, int8 0.6),
+and nearly its order (seen at 0.9999 and 0.998): scores without a mask rank at 0.92.
 
 Shapes: L residues of the protein, N variants.
 """
