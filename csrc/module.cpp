@@ -258,7 +258,7 @@ void expect_rows(const Integers& rows, const Integers& cu_rows, const std::int32
     }
     for (std::int64_t b = 0; b < sequences; ++b) {
         const std::int64_t first = cu_rows.data()[b], last = cu_rows.data()[b + 1];
-        if (last < first || last - first > ends[b + 1] - ends[b]) {
+        if (last < first || last > rows.size() || last - first > ends[b + 1] - ends[b]) {
             throw py::value_error("cu_rows falls, or a sequence has more rows than tokens");
         }
         for (std::int64_t r = first; r < last; ++r) {
