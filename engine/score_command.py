@@ -111,7 +111,8 @@ def score(
     from .assay import AssayOptions
     from .info import versions
     from .progress import ResidueProgress
-    from .score_job import ScoreJob, run_job
+    from .score_job import run_job
+    from .score_models import ScoreJob
 
     if all_singles == bool(mutants):
         message = "give either --mutants or --all-singles"
