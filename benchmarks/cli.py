@@ -14,19 +14,30 @@ if TYPE_CHECKING:
 
 def bench(
     suite: Annotated[
-        Literal["embed", "nested", "kd"],
-        typer.Option(help="Embedding beside peers; nesting beside its models; the distillation loss beside peers."),
+        Literal["embed", "nested", "kd", "score"],
+        typer.Option(
+            help="Embedding beside peers; nesting beside its models; the distillation loss beside peers; scores of "
+            "variants beside fair-esm's loop."
+        ),
     ] = "embed",
     quick: Annotated[bool, typer.Option("--quick", help="Minutes instead of hours: little data, few pairs.")] = False,
     shapes: Annotated[str, typer.Option(help="embed: published sizes, with commas between.")] = "8M,35M",
     mix: Annotated[str, typer.Option(help="embed: uniprot, uniform, antibody, with commas between.")] = "uniprot",
     precisions: Annotated[
-        str | None, typer.Option(help="embed: of ours, with commas between.", show_default="all of the device's")
+        str | None, typer.Option(help="embed, score: of ours, with commas between.", show_default="all of the device's")
     ] = None,
     sequences: Annotated[
         int | None, typer.Option(help="embed, nested: proteins.", min=1, show_default="200; nested 6")
     ] = None,
     pairs: Annotated[int | None, typer.Option(help="Interleaved pairs.", min=2, show_default="5; nested 40")] = None,
+    positions: Annotated[
+        int | None,
+        typer.Option(help="score: residues of each pass, of those with variants.", min=1, show_default="48; GPU all"),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="score: name, folder or .pt file.", show_default="8M beside the checkout, or random"),
+    ] = None,
     peers: Annotated[
         str | None,
         typer.Option(help="embed: packages, with commas between, or none.", show_default="all that are there"),
@@ -62,11 +73,14 @@ def bench(
     given = {
         **{"shapes": shapes, "mix": mix, "precisions": precisions, "sequences": sequences, "pairs": pairs},
         **{"peers": peers, "fasta": fasta, "esm_cpp_python": esm_cpp_python, "seed": seed},
+        **{"positions": positions, "model": model},
     }
     if where.type == "cuda":
         torch.cuda.reset_peak_memory_stats(where)
     try:
-        rows, tables = {"embed": _embed, "nested": _nested, "kd": _kd}[suite](where, quick, given, console)
+        rows, tables = {"embed": _embed, "nested": _nested, "kd": _kd, "score": _score}[suite](
+            where, quick, given, console
+        )
     except (ParityError, RuntimeError, ValueError) as error:
         # Errors that a user can mend are known to the command line already, also by these names.
         if type(error) not in (ParityError, RuntimeError, ValueError):
@@ -146,3 +160,13 @@ def _kd(device: Any, quick: bool, given: dict[str, Any], console: Console) -> tu
     problems = usual_problems(quick=quick, seed=given["seed"])
     rows = run_kd(problems, device, console, pairs=given["pairs"] or 5, quick=quick)
     return rows, [kd_table(rows)]
+
+
+def _score(
+    device: Any, quick: bool, given: dict[str, Any], console: Console
+) -> tuple[list[dict[str, Any]], list[Table]]:
+    from .bench_score import plan_scores, run_scores, score_tables
+
+    options = {name: given[name] for name in ("precisions", "positions", "pairs")}
+    rows = run_scores(plan_scores(device, **options, quick=quick), console, model=given["model"], seed=given["seed"])
+    return rows, score_tables(rows)

@@ -236,14 +236,15 @@ def _random_transformers(config: EncoderConfig, *, seed: int) -> nn.Module:
     return model.eval()
 
 
-def _fair_esm(config: EncoderConfig) -> nn.Module:
+def fair_esm_model(config: EncoderConfig) -> nn.Module:
+    """A fair-esm `ESM2` of these sizes, its weights not yet set."""
     from esm.model.esm2 import ESM2
 
     model: nn.Module = ESM2(num_layers=config.layers, embed_dim=config.width, attention_heads=config.heads)
     return model.eval()
 
 
-def _fair_esm_names(layers: int) -> Iterator[tuple[str, str]]:
+def fair_esm_names(layers: int) -> Iterator[tuple[str, str]]:
     """Each tensor of the encoder by fair-esm's name and by transformers'."""
     yield "embed_tokens.weight", "embeddings.word_embeddings.weight"
     parts = {
@@ -265,7 +266,7 @@ def _fair_esm_names(layers: int) -> Iterator[tuple[str, str]]:
 
 def _copy_to_fair_esm(source: nn.Module, target: nn.Module, layers: int) -> None:
     tensors = source.state_dict()
-    renamed = {fair: tensors[name] for fair, name in _fair_esm_names(layers)}
+    renamed = {fair: tensors[name] for fair, name in fair_esm_names(layers)}
     outcome = target.load_state_dict(renamed, strict=False)
     left = [name for name in outcome.missing_keys if not any(part in name for part in _NOT_COMPARED)]
     if left or outcome.unexpected_keys:
@@ -351,7 +352,7 @@ def build_lineup(
         theirs_in = [precision for precision in precisions if precision != INT8] or ["fp32"]
         others += [Transformers(theirs, precision=precision, device=device) for precision in theirs_in]
     if FAIR_ESM in wanted:
-        model: Any = _fair_esm(config)
+        model: Any = fair_esm_model(config)
         if theirs is None:
             scatter_weights(model, seed=seed)
         else:

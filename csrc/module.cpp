@@ -8,6 +8,7 @@
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "kd_loss.hpp"
 #include "level.hpp"
@@ -250,29 +251,57 @@ void quantise_rows(const Floats& x, const py::tuple& target, const std::string& 
     protnest::quantise_rows(N, C, data, chosen, threads, to);
 }
 
+// Rows of each sequence lie in it, and are no more than its tokens.
+void expect_rows(const Integers& rows, const Integers& cu_rows, const std::int32_t* ends, std::int64_t sequences) {
+    if (cu_rows.size() != sequences + 1 || cu_rows.data()[0] != 0 || cu_rows.data()[sequences] != rows.size()) {
+        throw py::value_error("cu_rows does not describe the rows of these sequences");
+    }
+    for (std::int64_t b = 0; b < sequences; ++b) {
+        const std::int64_t first = cu_rows.data()[b], last = cu_rows.data()[b + 1];
+        if (last < first || last > rows.size() || last - first > ends[b + 1] - ends[b]) {
+            throw py::value_error("cu_rows falls, or a sequence has more rows than tokens");
+        }
+        for (std::int64_t r = first; r < last; ++r) {
+            if (rows.data()[r] < ends[b] || rows.data()[r] >= ends[b + 1]) {
+                throw py::value_error("a row lies outside of its sequence");
+            }
+        }
+    }
+}
+
+// With `rows`, places of tokens in the batch, and `cu_rows`, where each sequence's begin, of these tokens alone.
 void rotary_attention(const py::tuple& qkv, const Floats& cos, const Floats& sin, const py::array& cu_seqlens,
-                      std::int64_t heads, const std::string& level, bool pairs, int threads, py::array& out) {
+                      std::int64_t heads, const std::string& level, bool pairs, int threads, py::array& out,
+                      const std::optional<Integers>& rows, const std::optional<Integers>& cu_rows) {
     if (out.ndim() != 2) throw py::value_error("out must have two dimensions");
-    const py::ssize_t tokens = out.shape(0), width = out.shape(1);
+    const py::ssize_t width = out.shape(1);
     // The kernel reads four floats at a time from each half of a head.
     if (heads < 1 || width % (2 * heads) != 0 || width / heads < 8) {
         throw py::value_error("width must be heads times an even head width of at least 8");
     }
     const py::ssize_t K = width / heads;
-    const protnest::Product product = product_of(qkv, tokens, 3 * width);
-    if (product.left == protnest::Left::bf16 && product.bias_C) throw py::value_error("bf16 has its bias already");
-    expect_block(out, tokens * width, product.left == protnest::Left::bf16 ? 2 : 4);
-    expect_block(cos, cos.shape(0) * (K / 2), sizeof(float)), expect_block(sin, cos.size(), sizeof(float));
     expect_block(cu_seqlens, cu_seqlens.size(), sizeof(std::int32_t));
     const std::int64_t sequences = cu_seqlens.size() - 1;
     const auto* ends = static_cast<const std::int32_t*>(cu_seqlens.data());
-    if (sequences < 0 || ends[0] != 0 || ends[sequences] != tokens) throw py::value_error("cu_seqlens ends elsewhere");
+    if (sequences < 0 || ends[0] != 0) throw py::value_error("cu_seqlens ends elsewhere");
     for (std::int64_t b = 0; b < sequences; ++b) {
         if (ends[b + 1] < ends[b] || ends[b + 1] - ends[b] > cos.shape(0)) {
             throw py::value_error("cu_seqlens falls, or a sequence is longer than the tables");
         }
     }
-    const protnest::AttentionInput input{product, cos.data(), sin.data(), ends, sequences, heads, K};
+    const py::ssize_t tokens = ends[sequences];
+    if (!rows && tokens != out.shape(0)) throw py::value_error("cu_seqlens ends elsewhere");
+    const protnest::Product product = product_of(qkv, tokens, 3 * width);
+    if (product.left == protnest::Left::bf16 && product.bias_C) throw py::value_error("bf16 has its bias already");
+    const py::ssize_t queries = rows ? rows->size() : tokens;
+    expect_block(out, queries * width, product.left == protnest::Left::bf16 ? 2 : 4);
+    expect_block(cos, cos.shape(0) * (K / 2), sizeof(float)), expect_block(sin, cos.size(), sizeof(float));
+    if (rows.has_value() != cu_rows.has_value()) throw py::value_error("rows and cu_rows go together");
+    if (rows) expect_rows(*rows, *cu_rows, ends, sequences);
+    const protnest::AttentionInput input{product,   cos.data(), sin.data(),
+                                         ends,      sequences,  heads,
+                                         K,         rows ? rows->data() : nullptr,
+                                         cu_rows ? cu_rows->data() : nullptr};
     const protnest::Level chosen = protnest::level_named(level);
     const protnest::Factors factors = pairs ? protnest::Factors::pairs : protnest::Factors::wide;
     void* to = out.mutable_data();
@@ -289,7 +318,8 @@ PYBIND11_MODULE(_C, module) {
     module.def("best_level", [] { return protnest::name_of(protnest::best_level()); });
     module.def("rotary_attention", &rotary_attention, py::arg("qkv").noconvert(), py::arg("cos").noconvert(),
                py::arg("sin").noconvert(), py::arg("cu_seqlens").noconvert(), py::arg("heads"), py::arg("level"),
-               py::arg("pairs"), py::arg("threads"), py::arg("out").noconvert());
+               py::arg("pairs"), py::arg("threads"), py::arg("out").noconvert(), py::arg("rows") = py::none(),
+               py::arg("cu_rows") = py::none());
     module.def("add_norm", &add_norm, py::arg("x").noconvert(), py::arg("product"), py::arg("weight"), py::arg("bias"),
                py::arg("eps"), py::arg("target"), py::arg("level"), py::arg("threads"));
     module.def("bias_gelu", &bias_gelu, py::arg("rows"), py::arg("columns"), py::arg("product"), py::arg("times"),

@@ -103,10 +103,13 @@ struct Scratch {
     }
 };
 
-// One sequence, and some of its heads.
+// One sequence, some of its heads, and the queries that are wanted of it: `count` of `rows`, or all where that is null.
 struct Part {
     std::int64_t begin, length;
     std::int64_t head, heads;
+    const std::int64_t* rows;
+    std::int64_t count;
+    std::int64_t to;  // row of the output that the first one takes
 };
 
 // Rows are gone through in quads. Where their length n >= 4 is no multiple of four, the last quad overlaps the one before.
@@ -184,31 +187,57 @@ PROTNEST_INLINE void fetch(const Number* from, std::int64_t numbers) {
     for (std::int64_t n = 0; n < numbers; n += kLine) __builtin_prefetch(from + n);
 }
 
-// Packs the heads of a part. A step of values holds one token's channels, or two tokens' in pairs; an odd last one is
+// A head's channels as the factors of steps.
+template <typename Row, typename A>
+PROTNEST_INLINE void turn_factors(const Row& row, std::int64_t column, const AttentionInput& input, std::int64_t place,
+                                  float factor, Scratch<A>& scratch, typename A::Factor* to) {
+    const std::int64_t K = input.head_width, J = K / 2;
+    const float *cos_J = input.cos_PJ + place * J, *sin_J = input.sin_PJ + place * J;
+    if constexpr (A::kDepth == 1) {
+        turn(row, column, cos_J, sin_J, J, factor, to);
+    } else {
+        turn(row, column, cos_J, sin_J, J, factor, scratch.row.data());
+        join_neighbours(scratch.row.data(), K, to);
+    }
+}
+
+// Packs the queries of a part that has a list of them.
+template <typename Row, typename A>
+PROTNEST_INLINE void pack_queries(const AttentionInput& input, const Part& part, Scratch<A>& scratch) {
+    const std::int64_t K = input.head_width, steps = K / A::kDepth;
+    // Exponentials are powers of two.
+    const float factor = kLog2E / std::sqrt(static_cast<float>(K));
+    for (std::int64_t query = 0; query < part.count; ++query) {
+        const std::int64_t place = part.rows[query] - part.begin;
+        const Row row(input, part.begin + place);
+        for (std::int64_t h = 0; h < part.heads; ++h) {
+            turn_factors(row, (part.head + h) * K, input, place, factor, scratch,
+                         scratch.rows.data() + h * scratch.rows_stride + query * steps);
+        }
+    }
+}
+
+// Packs the keys and values of a part. A step of values holds one token's channels, or two tokens' in pairs; an odd last one is
 // paired with zeros.
 template <typename Row, typename A>
 PROTNEST_INLINE void pack(const AttentionInput& input, const Part& part, Scratch<A>& scratch) {
-    const std::int64_t H = input.heads, K = input.head_width, J = K / 2, steps = K / A::kDepth;
-    // Exponentials are powers of two.
+    const std::int64_t H = input.heads, K = input.head_width, steps = K / A::kDepth;
+    const bool all = part.rows == nullptr;
     const float factor = kLog2E / std::sqrt(static_cast<float>(K));
     for (std::int64_t p = 0; p < part.length; ++p) {
         const Row row(input, part.begin + p);
-        const float *cos_J = input.cos_PJ + p * J, *sin_J = input.sin_PJ + p * J;
         if (p + kAhead < part.length) {
             const Row ahead(input, part.begin + p + kAhead);
-            for (std::int64_t h = 0; h < 3; ++h) fetch(ahead.from + (h * H + part.head) * K, part.heads * K);
+            for (std::int64_t h = all ? 0 : 1; h < 3; ++h) fetch(ahead.from + (h * H + part.head) * K, part.heads * K);
         }
-        for (std::int64_t h = 0; h < 2 * part.heads; ++h) {
-            const bool query = h < part.heads;
-            const std::int64_t head = query ? h : h - part.heads, column = ((query ? 0 : H) + part.head + head) * K;
-            auto* to = (query ? scratch.rows.data() + head * scratch.rows_stride
-                              : scratch.keys.data() + head * scratch.keys_stride) + p * steps;
-            if constexpr (A::kDepth == 1) {
-                turn(row, column, cos_J, sin_J, J, query ? factor : 1.0f, to);
-            } else {
-                turn(row, column, cos_J, sin_J, J, query ? factor : 1.0f, scratch.row.data());
-                join_neighbours(scratch.row.data(), K, to);
-            }
+        // Queries of all tokens are turned as their rows pass by.
+        for (std::int64_t h = 0; h < (all ? part.heads : 0); ++h) {
+            turn_factors(row, (part.head + h) * K, input, p, factor, scratch,
+                         scratch.rows.data() + h * scratch.rows_stride + p * steps);
+        }
+        for (std::int64_t h = 0; h < part.heads; ++h) {
+            turn_factors(row, (H + part.head + h) * K, input, p, 1.0f, scratch,
+                         scratch.keys.data() + h * scratch.keys_stride + p * steps);
         }
         if (p % A::kDepth != 0) continue;
         const bool last = p + 1 == part.length;
@@ -234,6 +263,7 @@ PROTNEST_INLINE void pack(const AttentionInput& input, const Part& part, Scratch
             std::copy_n(last, steps, last + (p - part.length + 1) * steps);
         }
     }
+    if (!all) pack_queries<Row>(input, part, scratch);
 }
 
 // A block of queries with one token a lane; lanes beyond `count` repeat the last one.
@@ -414,8 +444,8 @@ PROTNEST_INLINE void attend(const AttentionInput& input, const Part& part, Scrat
         case Left::bf16: pack<Bf16Row>(input, part, scratch); break;
         case Left::integers: pack<IntegerRow>(input, part, scratch); break;
     }
-    for (std::int64_t p = 0; p < length; p += 2 * W) {
-        const std::int64_t count = std::min(2 * W, length - p), width = count > W ? 2 * W : W;
+    for (std::int64_t p = 0; p < part.count; p += 2 * W) {
+        const std::int64_t count = std::min(2 * W, part.count - p), width = count > W ? 2 * W : W;
         for (std::int64_t h = 0; h < part.heads; ++h) {
             const auto* rows = scratch.rows.data() + h * scratch.rows_stride + p * steps;
             const auto* keys = scratch.keys.data() + h * scratch.keys_stride;
@@ -426,7 +456,7 @@ PROTNEST_INLINE void attend(const AttentionInput& input, const Part& part, Scrat
             } else {
                 attend_block<A, 1>(length, K, keys, values, scratch);
             }
-            write_block(input, part.begin + p, count, width, part.head + h, scratch, out);
+            write_block(input, part.to + p, count, width, part.head + h, scratch, out);
         }
     }
 }
@@ -477,8 +507,17 @@ void run(const AttentionInput& input, Attend<A> attend_one, int threads, void* o
 #endif
         for (std::int64_t item = 0; item < items; ++item) {
             const std::int64_t b = item / parts, begin = input.cu_seqlens[b], head = item % parts * heads;
-            const Part part{begin, input.cu_seqlens[b + 1] - begin, head, std::min(heads, input.heads - head)};
-            if (part.length > 0) attend_one(input, part, scratch, out);
+            const std::int64_t length = input.cu_seqlens[b + 1] - begin;
+            const bool all = input.rows == nullptr;
+            const std::int64_t to = all ? begin : input.cu_rows[b];
+            const Part part{begin,
+                            length,
+                            head,
+                            std::min(heads, input.heads - head),
+                            all ? nullptr : input.rows + to,
+                            all ? length : input.cu_rows[b + 1] - to,
+                            to};
+            if (part.count > 0) attend_one(input, part, scratch, out);
         }
     }
 }

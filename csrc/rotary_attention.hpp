@@ -15,6 +15,10 @@ struct AttentionInput {
     const float* sin_PJ;
     const std::int32_t* cu_seqlens;  // (B + 1)
     std::int64_t sequences, heads, head_width;
+    // Tokens whose attention is wanted, those of a sequence together and in the sequences' order, and where each
+    // sequence's begin, (B + 1); null for all tokens. No sequence has more of them than tokens.
+    const std::int64_t* rows = nullptr;
+    const std::int64_t* cu_rows = nullptr;
 };
 
 // How products of bf16 input are formed: `wide` are fp32 factors; `pairs` are two bf16 factors in one step, in hardware
@@ -22,7 +26,7 @@ struct AttentionInput {
 // lower levels know only wide ones.
 enum class Factors { wide, pairs };
 
-// Writes (T, H, K): bf16 where qkv is, else fp32.
+// Writes (T, H, K), or of R rows (R, H, K): bf16 where qkv is, else fp32.
 void rotary_attention(const AttentionInput& input, Level level, Factors factors, int threads, void* out);
 
 }  // namespace protnest

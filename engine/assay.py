@@ -92,16 +92,26 @@ class Entry(NamedTuple):
 class AllSingles:
     """Every single substitution of each protein by another of the 20 amino acids, as a table of two columns.
 
+    Gaps, `.` and `-`, are no residues: nothing takes their place.
+
     Args:
         targets: the proteins, in order.
         offset: added to each residue's number in the mutants' names.
         path: what messages call it.
+        columns: their names, for ids of proteins and for mutants.
     """
 
-    columns: tuple[str, ...] = ("target", "mutant")
     kinds: tuple[Any, ...] = ("text", "text")
 
-    def __init__(self, targets: Sequence[Target], *, offset: int = 0, path: Path) -> None:
+    def __init__(
+        self,
+        targets: Sequence[Target],
+        *,
+        offset: int = 0,
+        path: Path,
+        columns: tuple[str, str] = ("target", "mutant"),
+    ) -> None:
+        self.columns: tuple[str, ...] = columns
         self.path = path
         self._targets = targets
         self._offset = offset
@@ -110,7 +120,7 @@ class AllSingles:
         number = 0
         for target in self._targets:
             for place, residue in enumerate(target.sequence, start=1 + self._offset):
-                for letter in AMINO_ACIDS:
+                for letter in AMINO_ACIDS if residue.isalpha() else "":
                     if letter == residue:
                         continue
                     number += 1
@@ -122,10 +132,10 @@ class AllSingles:
 
 
 def fingerprint_targets(targets: Sequence[Target]) -> str:
-    """Hash of ids and sequences, in order."""
+    """Hash of ids, sequences and flags, in order."""
     digest = hashlib.blake2b(digest_size=16)
     for target in targets:
-        digest.update(f"{target.id}\0{target.sequence}\n".encode())
+        digest.update(f"{target.id}\0{target.sequence}\0{','.join(target.flags)}\n".encode())
     return digest.hexdigest()
 
 
@@ -171,8 +181,11 @@ def _table_targets(path: Path, invalid: InvalidPolicy) -> Iterator[tuple[Target,
         )
         raise InputError(message, file=path)
     for row in table.rows():
-        name, text = str(row.cells[ids] or "").strip(), str(row.cells[sequences] or "")
+        name, text = _text(row, ids), _text(row, sequences)
         try:
+            if not name:
+                message = f"a wild type without an id: the cell of {table.columns[ids]} is empty"
+                raise InputError(message)
             sequence = clean_sequence(text, invalid)
         except InputError as error:
             raise InputError(error.problem, file=path, line=row.line, record=row.number, record_id=name) from error
@@ -204,6 +217,9 @@ class Assay:
         self._mutants = _place(columns, options.mutant_column)
         self._sequences = _place(columns, options.sequence_column)
         self._ids = _place(columns, options.target_column)
+        if self._mutants == self._sequences:
+            # One column for both, as ProteinGym's tables of insertions and deletions have it: it holds sequences.
+            self._mutants = None
         if self._mutants is None and self._sequences is None:
             message = (
                 f"has neither a column {options.mutant_column!r} nor {options.sequence_column!r}; "
@@ -254,7 +270,10 @@ class Assay:
 
     def _named_target(self, row: Row) -> Target:
         assert self._ids is not None
-        name = str(row.cells[self._ids] or "").strip()
+        name = _text(row, self._ids)
+        if not name:
+            message = f"names no wild type: the cell of {self.options.target_column} is empty"
+            raise InputError(message)
         if name not in self._targets:
             message = f"no wild type is called {name!r}; there are {', '.join([*self._targets][:10])}"
             raise InputError(message)
@@ -309,7 +328,7 @@ class Assay:
         return f"; with --offset {offset} all of the first {len(names):,} variants fit"
 
     def _is_of(self, row: Row, target: Target) -> bool:
-        return self._ids is None or str(row.cells[self._ids] or "").strip() == target.id
+        return self._ids is None or _text(row, self._ids) == target.id
 
 
 def _place(columns: Sequence[str], name: str) -> int | None:

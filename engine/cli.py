@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
+from .allocator import keep_memory
 from .cpus import limit_threads
 from .errors import InputError
 from .score_command import score
@@ -99,6 +100,7 @@ def _root(
     from rich.logging import RichHandler
 
     limit_threads()
+    keep_memory()
     handler = RichHandler(console=_console, show_time=False, show_path=False, show_level=False)
     logger = logging.getLogger("protnest")
     logger.handlers[:] = [handler]

@@ -111,13 +111,18 @@ def score(
     from .assay import AssayOptions
     from .info import versions
     from .progress import ResidueProgress
-    from .score_job import ScoreJob, run_job
+    from .score_job import run_job
+    from .score_models import ScoreJob
 
     if all_singles == bool(mutants):
         message = "give either --mutants or --all-singles"
         raise typer.BadParameter(message)
     if out is None and heatmap is None and not report:
         message = "nothing would be kept: give --out, --heatmap or --report"
+        raise typer.BadParameter(message)
+    models = None if model is None else tuple(name.strip() for name in model.split(","))
+    if models is not None and not all(models):
+        message = f"--model {model!r} holds an empty name"
         raise typer.BadParameter(message)
     if compat is not None and method != "pseudo-ll":
         message = "--compat goes with --method pseudo-ll"
@@ -129,7 +134,7 @@ def score(
         wild_types=wt,
         tables=tuple(mutants or ()),
         out=out,
-        models=None if model is None else tuple(model.split(",")),
+        models=models,
         method=method,
         compat=compat,
         head=head,

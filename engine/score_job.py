@@ -3,84 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from .assay import AllSingles, Assay, AssayOptions, Source, Target, fingerprint_targets, read_targets
+from .assay import AllSingles, Assay, Source, Target, fingerprint_targets, read_targets
 from .atomic import write_atomically
-from .chain import Chain
 from .errors import InputError
-from .family import Family
 from .heatmap import check_heatmap, draw_heatmap
 from .judgement import Judgement, as_report, judge
 from .library import Progress
-from .models import DEFAULT_MODEL, load_encoder
-from .ridge_head import RidgeHead
 from .score_landscape import Sightings
+from .score_models import CLASS_COLUMN, HEAD_METHOD, ScoreJob, ScoreModels
 from .score_outputs import ScoreOutputs
-from .score_run import RunResult, Scorer, ScoreRun
+from .score_run import RunResult, ScoreRun
 from .score_state import ScoreState
-from .score_survey import Survey, SurveyedAssay, SurveyOptions, survey_assays
+from .score_survey import Survey, SurveyedAssay, survey_assays
 from .score_table import ScoreColumns, look_up, write_scores
-from .scorers import HeadScorer, ModelScorer
-from .scoring import SITE_METHODS, check_method, check_variant
+from .scoring import check_method
 from .table import Table
-from .variants import Variant
-
-CLASS_COLUMN = "DMS_score_bin"
-"""Where a table has it, what counts as positive in a report, as in ProteinGym's tables."""
-_HEAD_METHOD = "ridge head"
-_ALL_SINGLES = "all-singles"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoreJob:
-    """Everything that `protnest score` is asked for.
-
-    Attributes:
-        wild_types: FASTA file, or table, see `assay.read_targets`.
-        tables: of variants, or folders of them; none for all single substitutions of every wild type.
-        out: a file for one table, a folder for several; None writes none.
-        models: names, folders or files; with `chain` the chain's, smallest first. None takes the head's, the chain's,
-            or the default.
-        method, compat: see `scoring`.
-        head, chain: files of a fitted ridge head, which then scores in the method's place, and of the chain it reads.
-        aggregate: how the scores of several models become one.
-        reading: how rows are read.
-        on_error: "error" stops at a row that cannot be scored; "skip" lists it among the rejects.
-        score_column: the name of the new column.
-        truth_column: measurements for the report.
-        cutoff: above it a measurement is positive; by default the assay's median, or its column DMS_score_bin.
-        heatmap: .png, .svg, .pdf or .html; with several wild types their ids are put into the name.
-        report: whether scores are judged by the measurements.
-        precision, device, max_tokens: how models run.
-        overwrite: throw away what another run left.
-    """
-
-    wild_types: Path
-    tables: tuple[Path, ...] = ()
-    out: Path | None = None
-    models: tuple[str, ...] | None = None
-    method: str = "masked-marginal"
-    compat: str | None = None
-    head: Path | None = None
-    chain: Path | None = None
-    aggregate: str = "mean"
-    reading: AssayOptions = field(default_factory=AssayOptions)
-    on_error: Literal["error", "skip"] = "error"
-    score_column: str = "score"
-    truth_column: str = "DMS_score"
-    cutoff: float | None = None
-    heatmap: Path | None = None
-    report: bool = False
-    precision: str = "auto"
-    device: str = "auto"
-    max_tokens: int | None = None
-    overwrite: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,80 +60,6 @@ class ScoreJobResult:
     files: list[dict[str, Any]] = field(default_factory=list)
 
 
-class _Models:
-    """The models of a job, or the one head that reads them; what is wrong with them is known once this is made."""
-
-    def __init__(self, job: ScoreJob) -> None:
-        self._job = job
-        self.head = None if job.head is None else RidgeHead.load(job.head)
-        self.chain = None if job.chain is None else Chain.load(job.chain)
-        names = job.models
-        if self.head is not None:
-            names = names or tuple(model.name for model in self.head.models)
-        elif self.chain is not None:
-            message = "a chain is read by a ridge head: --chain goes with --head"
-            raise InputError(message)
-        names = names or (DEFAULT_MODEL,)
-
-        def load(place: int) -> Any:
-            return load_encoder(names[place], device=job.device, precision=job.precision)
-
-        self.family = Family(load, len(names), resident=self.head is not None or len(names) == 1)
-        if self.head is not None:
-            self.head.check_models(self.family.members, self.chain)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Of those whose scores are aggregated."""
-        members = self.family.members
-        return tuple(member.name for member in (members[-1:] if self.head is not None else members))
-
-    @property
-    def precision(self) -> str:
-        return self.family[0].precision
-
-    @property
-    def device(self) -> str:
-        return self.family.members[0].device.type
-
-    def scorer(self, place: int, after_batch: Callable[[int], None]) -> Scorer:
-        job = self._job
-        if self.head is not None:
-            return HeadScorer(
-                self.head, self.family, chain=self.chain, max_tokens=job.max_tokens, after_batch=after_batch
-            )
-        return ModelScorer(
-            self.family[place],
-            method=job.method,
-            compat=job.compat,
-            max_tokens=job.max_tokens,
-            after_batch=after_batch,
-        )
-
-    def survey_options(self) -> SurveyOptions:
-        job, head = self._job, self.head
-        numbers = (job.truth_column, CLASS_COLUMN) if job.report else ()
-        if head is not None:
-            return SurveyOptions(
-                by_site=False,
-                by_place=head.pooling == "site",
-                check=lambda variant, wild_type: _check_head(head, variant, wild_type),
-                on_error=job.on_error,
-                number_columns=numbers,
-            )
-        return SurveyOptions(
-            by_site=job.method in SITE_METHODS,
-            with_wild_type=job.method == "pseudo-ll" and job.compat is None,
-            check=lambda variant, wild_type: check_variant(variant, job.method),
-            on_error=job.on_error,
-            number_columns=numbers,
-        )
-
-
-def _check_head(head: RidgeHead, variant: Variant, wild_type: str) -> None:
-    head.check_variants([variant], wild_type=wild_type)
-
-
 def run_job(job: ScoreJob, progress: Progress, *, details: dict[str, Any] | None = None) -> ScoreJobResult:
     """Scores tables of variants, or all single substitutions.
 
@@ -201,17 +72,15 @@ def run_job(job: ScoreJob, progress: Progress, *, details: dict[str, Any] | None
         InputError: files, rows, models or settings cannot be used as they are; names which, and where.
         ValueError: method, compat or aggregate is unknown.
     """
-    check_method(job.method, job.compat)
-    if job.heatmap is not None:
-        check_heatmap(job.heatmap)
+    _check(job)
     targets = read_targets(job.wild_types, invalid=job.reading.invalid)
     sources = _sources(job, targets)
     assays = [Assay(source, targets, job.reading) for source in sources]
-    outputs = None if job.out is None else ScoreOutputs.at(job.out, [source.path for source in sources])
+    outputs = None if job.out is None else _outputs(job, job.out, sources)
     if job.report and not any(job.truth_column in source.columns for source in sources):
         message = f"a report needs measurements: no table has a column {job.truth_column!r}; --truth-col names another"
         raise InputError(message, file=sources[0].path)
-    models = _Models(job)
+    models = ScoreModels(job)
     columns = ScoreColumns(
         score=job.score_column,
         models=models.names,
@@ -222,9 +91,15 @@ def run_job(job: ScoreJob, progress: Progress, *, details: dict[str, Any] | None
         columns.check(source)
     settings = _settings(job, models, sources, list(targets.values()))
     finished = outputs is not None and outputs.is_finished(settings, overwrite=job.overwrite)
-    if outputs is not None and not finished:
-        outputs.begin()
+    if outputs is not None and outputs.work.is_dir():
+        # Another run's folder is refused before anything of that run is written over. What a finished run was killed
+        # while removing goes.
+        with ScoreState(outputs.work, settings, overwrite=job.overwrite or finished) as state:
+            if finished:
+                state.clear()
     survey = survey_assays(assays, models.survey_options(), rejects=None if outputs is None else outputs.rejects)
+    if outputs is not None:
+        _begin(outputs, survey, columns, finished=finished)
     result = ScoreJobResult(
         outputs=outputs,
         models=models.names,
@@ -239,8 +114,37 @@ def run_job(job: ScoreJob, progress: Progress, *, details: dict[str, Any] | None
         assert outputs is not None
         scores = [_read_scores(table, job.score_column) for table in outputs.tables]
         return _judged(job, survey, scores, replace(result, finished_before=True))
-    work = None if outputs is None else outputs.work
-    with ScoreState(work, settings, overwrite=job.overwrite) as state:
+    return _run(job, models, survey, columns, settings, progress, result, details or {})
+
+
+def _check(job: ScoreJob) -> None:
+    """What can be known before anything is read."""
+    check_method(job.method, job.compat)
+    if job.heatmap is not None:
+        check_heatmap(job.heatmap)
+    if job.cutoff is not None and not math.isfinite(job.cutoff):
+        message = f"the cutoff is {job.cutoff}, expected a finite number"
+        raise InputError(message)
+
+
+def _outputs(job: ScoreJob, out: Path, sources: Sequence[Source]) -> ScoreOutputs:
+    others = [path for path in (job.wild_types, job.head, job.chain) if path is not None]
+    return ScoreOutputs.at(out, [source.path for source in sources], others=others)
+
+
+def _run(
+    job: ScoreJob,
+    models: ScoreModels,
+    survey: Survey,
+    columns: ScoreColumns,
+    settings: dict[str, Any],
+    progress: Progress,
+    result: ScoreJobResult,
+    details: dict[str, Any],
+) -> ScoreJobResult:
+    """Runs what the survey found, and writes tables, heatmaps and report; the record comes last."""
+    outputs = result.outputs
+    with ScoreState(None if outputs is None else outputs.work, settings, overwrite=job.overwrite) as state:
         run = ScoreRun(survey, models.names, models.scorer, state, progress).run()
         sightings = Sightings()
         scores = _write(job, models, survey, run, columns, outputs, sightings)
@@ -248,9 +152,16 @@ def run_job(job: ScoreJob, progress: Progress, *, details: dict[str, Any] | None
         result = replace(result, residues=run.residues, seconds=run.seconds, heatmaps=heatmaps)
         result = _judged(job, survey, scores, result)
         if outputs is not None:
-            outputs.write_record(settings, files=result.files, **(details or {}))
+            outputs.write_record(settings, files=result.files, **details)
         state.clear()
     return result
+
+
+def _begin(outputs: ScoreOutputs, survey: Survey, columns: ScoreColumns, *, finished: bool) -> None:
+    for surveyed, table in zip(survey.assays, outputs.tables, strict=True):
+        columns.check_output(surveyed, table)
+    if not finished:
+        outputs.begin(rejected=survey.rejected)
 
 
 def _sources(job: ScoreJob, targets: dict[str, Target]) -> list[Source]:
@@ -260,7 +171,8 @@ def _sources(job: ScoreJob, targets: dict[str, Target]) -> list[Source]:
             message = f"holds no wild type {chosen!r}; it has {', '.join([*targets][:10])}"
             raise InputError(message, file=job.wild_types)
         some = [target for name, target in targets.items() if chosen in (None, name)]
-        return [AllSingles(some, offset=job.reading.offset, path=Path(f"{_ALL_SINGLES}.csv"))]
+        columns = (job.reading.target_column, job.reading.mutant_column)
+        return [AllSingles(some, offset=job.reading.offset, path=Path("all-singles.csv"), columns=columns)]
     paths: list[Path] = []
     for path in job.tables:
         inside = sorted(each for each in path.iterdir() if _is_table(each)) if path.is_dir() else [path]
@@ -276,13 +188,16 @@ def _is_table(path: Path) -> bool:
     return not name.startswith(".") and name.endswith((".csv", ".tsv", ".parquet"))
 
 
-def _settings(job: ScoreJob, models: _Models, sources: Sequence[Source], targets: Sequence[Target]) -> dict[str, Any]:
+def _settings(
+    job: ScoreJob, models: ScoreModels, sources: Sequence[Source], targets: Sequence[Target]
+) -> dict[str, Any]:
     """Everything that decides the bits of what is written."""
     reading = job.reading
     return {
-        "method": _HEAD_METHOD if models.head is not None else job.method,
+        "method": HEAD_METHOD if models.head is not None else job.method,
         "compat": job.compat,
         "models": [[member.name, member.fingerprint] for member in models.family.members],
+        "language_heads": [*models.language_heads.values()],
         "head": None if models.head is None else models.head.fingerprint,
         "chain": None if models.chain is None else models.chain.fingerprint,
         "aggregate": job.aggregate,
@@ -309,7 +224,7 @@ def _files(survey: Survey, outputs: ScoreOutputs | None) -> list[dict[str, Any]]
 
 def _write(
     job: ScoreJob,
-    models: _Models,
+    models: ScoreModels,
     survey: Survey,
     run: RunResult,
     columns: ScoreColumns,
@@ -335,21 +250,24 @@ def _read_scores(table: Path, column: str) -> Any:
     return np.array([float(row.cells[place]) for row in read.rows()], dtype=np.float32)
 
 
-def _draw(job: ScoreJob, models: _Models, survey: Survey, run: RunResult, sightings: Sightings) -> list[Path]:
+def _draw(job: ScoreJob, models: ScoreModels, survey: Survey, run: RunResult, sightings: Sightings) -> list[Path]:
     assert job.heatmap is not None
     by_site = models.survey_options().by_site
-    drawn = []
+    drawn: list[Path] = []
     for target in sightings.targets:
         path = job.heatmap
         if len(sightings.targets) > 1:
             safe = "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in target.id)
             path = path.with_name(f"{path.stem}-{safe}{path.suffix}")
+            # Two ids may differ in what file names lack.
+            if path in drawn:
+                path = path.with_name(f"{path.stem}-{len(drawn) + 1}{path.suffix}")
         landscape = sightings.landscape(
             target,
             survey.proteins[target.sequence].places,
             run.values[target.sequence] if by_site else None,
             aggregate=job.aggregate,
-            method=_HEAD_METHOD if models.head is not None else job.method,
+            method=HEAD_METHOD if models.head is not None else job.method,
             model=", ".join(models.names),
             offset=job.reading.offset,
         )

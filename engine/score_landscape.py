@@ -79,7 +79,8 @@ class Sightings:
         if values is not None:
             scores_LA = np.full_like(scores_LA, np.nan)
             entropy_L = np.full(len(target.sequence), np.nan, dtype=np.float32)
-            scores_LA[places], entropy_L[places] = _from_logits(target.sequence, places, values, aggregate)
+            if places:
+                scores_LA[places], entropy_L[places] = _from_logits(target.sequence, places, values, aggregate)
         return Landscape(
             target=target.id,
             wild_type=target.sequence,

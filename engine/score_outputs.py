@@ -43,11 +43,16 @@ class ScoreOutputs:
     report: Path
 
     @classmethod
-    def at(cls, out: Path, sources: Sequence[Path]) -> ScoreOutputs:
+    def at(cls, out: Path, sources: Sequence[Path], *, others: Sequence[Path] = ()) -> ScoreOutputs:
         """The files for these tables.
 
+        Args:
+            out: a file or a folder.
+            sources: the tables.
+            others: what else is read.
+
         Raises:
-            InputError: `out` cannot be written to, a table would be written over, or two share a name.
+            InputError: `out` cannot be written to, a file that is read would be written over, or two share a name.
         """
         if len(sources) == 1 and out.name.lower().endswith(_ENDINGS) and not out.is_dir():
             stem = out.name.lower().removesuffix(".gz")
@@ -60,8 +65,10 @@ class ScoreOutputs:
                 report=out.with_name(f"{name}.report.json"),
             )
         else:
-            if out.exists() and not out.is_dir():
-                message = f"is a file; the scores of {len(sources)} tables go to a folder"
+            named_as_file = out.name.lower().endswith(_ENDINGS) and not out.is_dir()
+            if named_as_file or (out.exists() and not out.is_dir()):
+                tables = "1 table" if len(sources) == 1 else f"{len(sources)} tables"
+                message = f"is a file's name; the scores of {tables} go to a folder, or to {', '.join(_ENDINGS)}"
                 raise InputError(message, file=out)
             found = cls(
                 tables=tuple(out / _output_name(source) for source in sources),
@@ -70,13 +77,17 @@ class ScoreOutputs:
                 rejects=out / "rejects.csv",
                 report=out / "report.json",
             )
-        inputs = {source.resolve() for source in sources}
+        inputs = {path.resolve() for path in (*sources, *others)}
+        for path in (*found.tables, found.record, found.rejects, found.report):
+            if path.resolve() in inputs:
+                message = "is read and would be written over; choose another --out"
+                raise InputError(message, file=path)
         for place, table in enumerate(found.tables):
             check_output(table)
-            if table.resolve() in inputs:
-                message = "is read and would be written over; choose another --out"
+            if table == found.rejects:
+                message = f"would be written twice: {sources[place]} is called as the list of rejects is"
                 raise InputError(message, file=table)
-            if table in (*found.tables[:place], found.rejects):
+            if table in found.tables[:place]:
                 message = f"would be written twice: {sources[place]} is not the only table of that name"
                 raise InputError(message, file=table)
         return found
@@ -110,10 +121,12 @@ class ScoreOutputs:
             raise InputError(message, file=there[0])
         return len(there) == len(self.tables)
 
-    def begin(self) -> None:
-        """Removes the record of an older run: what is written now is not what it tells of."""
+    def begin(self, *, rejected: int) -> None:
+        """Removes the record of an older run, and its rejects where there are none now: what is written from now on is
+        not what they tell of."""
         self.record.unlink(missing_ok=True)
-        self.rejects.unlink(missing_ok=True)
+        if not rejected:
+            self.rejects.unlink(missing_ok=True)
 
     def write_record(self, settings: dict[str, Any], **details: Any) -> None:
         """Marks the run as finished."""

@@ -182,10 +182,7 @@ class ScoreRun:
                 continue
             waiting[wild_type].append(variant)
             costs[wild_type] += scorer.cost(len(variant.sequence), wild_type)
-            if costs[wild_type] >= self._chunk(scorer):
-                flush(wild_type)
-        for wild_type, some in waiting.items():
-            if some:
+            if costs[wild_type] >= self._chunk(scorer) or unit == len(proteins[wild_type].units) - 1:
                 flush(wild_type)
         return values
 

@@ -13,6 +13,7 @@ import hashlib
 import logging
 import math
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -41,6 +42,8 @@ class SurveyOptions:
         on_error: "error" stops at the first row that cannot be scored; "skip" goes on without it.
         by_place: mutants of equal sequence are distinct where other sites of theirs are named.
         number_columns: columns to be read as numbers, as measurements to hold scores against; tables may lack them.
+            A cell that is none is missing under "skip": which rows are scored does not depend on what is measured.
+        class_columns: those of them that hold 0 or 1.
     """
 
     by_site: bool
@@ -49,6 +52,7 @@ class SurveyOptions:
     on_error: Literal["error", "skip"] = "error"
     by_place: bool = False
     number_columns: tuple[str, ...] = ()
+    class_columns: tuple[str, ...] = ()
 
 
 @dataclass(eq=False)
@@ -90,7 +94,8 @@ class SurveyedAssay:
         targets: which of them each row names, (N,).
         units: the unit of each row where units are mutants, (N,).
         singles: whether each row is a single substitution, (N,).
-        numbers: of the columns that were asked for and are there, each (N,), NaN where the cell is empty.
+        numbers: of the columns that were asked for and are there, each (N,), NaN where the cell is empty or no number.
+        first_problem: why the first rejected row cannot be scored.
     """
 
     assay: Assay
@@ -102,6 +107,7 @@ class SurveyedAssay:
     units: array[int] = field(default_factory=lambda: array("q"))
     singles: array[int] = field(default_factory=lambda: array("b"))
     numbers: dict[str, array[float]] = field(default_factory=dict)
+    first_problem: InputError | None = None
 
     @property
     def rows(self) -> int:
@@ -173,16 +179,19 @@ def _survey(
 ) -> SurveyedAssay:
     found = SurveyedAssay(assay)
     columns = assay.source.columns
+    # Only text leaves open what a column holds; cells of a parquet file have their types.
+    text = all(isinstance(kind, str) for kind in assay.source.kinds)
     kinds = ColumnKinds(len(columns))
     places_of = {name: columns.index(name) for name in options.number_columns if name in columns}
     found.numbers = {name: array("d") for name in places_of}
     hinted: set[str] = set()
+    unreadable = Counter[str]()
     for entry in assay.entries():
         problem, measured = entry.problem, list[float]()
         if entry.variant is not None and entry.target is not None:
             try:
                 options.check(entry.variant, entry.target.sequence)
-                measured = [_measurement(entry, name, place) for name, place in places_of.items()]
+                measured = [_measurement(entry, name, place, options, unreadable) for name, place in places_of.items()]
             except InputError as error:
                 problem = error
         if problem is not None:
@@ -190,31 +199,43 @@ def _survey(
             if options.on_error == "error":
                 raise assay.locate(entry)
             found.accepted.append(False)
+            found.first_problem = found.first_problem or assay.locate(entry)
             _reject(assay, entry, rejects, hinted)
             continue
         assert entry.target is not None
         assert entry.variant is not None
         found.accepted.append(True)
-        kinds.see(entry.row.cells)
+        if text:
+            kinds.see(entry.row.cells)
         for numbers, value in zip(found.numbers.values(), measured, strict=True):
             numbers.append(value)
         _take(found, entry.target, entry.variant, options, proteins, places)
-    text = all(kind == "text" for kind in assay.source.kinds)
     found.kinds = kinds.kinds if text else assay.source.kinds
+    for name, count in unreadable.items():
+        _logger.warning("%s: %s is no number in %s rows: missing", assay.source.path, name, f"{count:,}")
     if found.rejected == found.rows:
-        message = f"none of its {found.rows:,} rows can be scored" + (f"; see {rejects.path}" if rejects else "")
-        raise InputError(message, file=assay.source.path)
+        assert found.first_problem is not None
+        message = f"none of its {found.rows:,} rows can be scored; the first: {found.first_problem}"
+        raise InputError(message, file=assay.source.path) from found.first_problem
     return found
 
 
-def _measurement(entry: Entry, column: str, place: int) -> float:
-    if entry.row.cells[place] in (None, ""):
+def _measurement(entry: Entry, column: str, place: int, options: SurveyOptions, unreadable: Counter[str]) -> float:
+    cell = entry.row.cells[place]
+    if cell is None or not str(cell).strip():
         return math.nan
+    expected = "0 or 1" if column in options.class_columns else "a finite number"
     try:
-        return float(entry.row.cells[place])
+        value = float(cell)
     except (TypeError, ValueError):
-        message = f"{column} is {entry.row.cells[place]!r}, expected a number"
-        raise InputError(message) from None
+        value = math.inf
+    if math.isinf(value) or (column in options.class_columns and value not in (0, 1)):
+        if options.on_error == "error":
+            message = f"{column} is {cell!r}, expected {expected}"
+            raise InputError(message)
+        unreadable[column] += 1
+        return math.nan
+    return value
 
 
 def _reject(assay: Assay, entry: Entry, rejects: Rejects | None, hinted: set[str]) -> None:

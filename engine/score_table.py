@@ -53,13 +53,26 @@ class ScoreColumns:
 
     def check(self, source: Source) -> None:
         """Raises InputError where a table has such a column, or two models would share one."""
-        taken = [name for name in self.names if name in source.columns]
-        if taken:
-            message = f"has a column {taken[0]!r} of its own; --score-col gives ours another name"
-            raise InputError(message, file=source.path)
-        if len(set(self.names)) < len(self.names):
-            message = f"models of one name would share a column: {', '.join(self.models)}"
+        if not self.score.strip():
+            message = "the column of scores needs a name"
             raise InputError(message)
+        if taken := [name for name in self.names if name in source.columns]:
+            mend = "rename it" if taken[0] == FLAGS_COLUMN else "--score-col gives ours another name"
+            message = f"has a column {taken[0]!r} of its own; {mend}"
+            raise InputError(message, file=source.path)
+        if twice := [name for place, name in enumerate(self.names) if name in self.names[:place]]:
+            shown = f"models of one name ({', '.join(self.models)})" if self.score not in twice else "scores and flags"
+            message = f"{shown} would share the column {twice[0]!r}"
+            raise InputError(message)
+
+    def check_output(self, surveyed: SurveyedAssay, out: Path) -> None:
+        """Raises InputError where a table cannot be written to a file of that kind."""
+        TableWriter(out, *self.layout(surveyed))
+
+    def layout(self, surveyed: SurveyedAssay) -> tuple[tuple[str, ...], tuple[Any, ...]]:
+        """Names and kinds of all columns of a table with its scores."""
+        added: list[Any] = [pa.float32()] * (len(self.names) - self.flags) + ["text"] * self.flags
+        return (*surveyed.assay.source.columns, *self.names), (*surveyed.kinds, *added)
 
 
 def look_up(
@@ -117,11 +130,8 @@ def write_scores(
     Returns:
         float32 (N,), in the table's order.
     """
-    source = surveyed.assay.source
-    added: list[Any] = [pa.float32()] * (len(columns.names) - columns.flags) + ["text"] * columns.flags
     parts = [np.empty(0, dtype=np.float32)]
-    names = (*source.columns, *columns.names)
-    with nullcontext() if out is None else TableWriter(out, names, (*surveyed.kinds, *added)) as table:
+    with nullcontext() if out is None else TableWriter(out, *columns.layout(surveyed)) as table:
         for entries, scores_Mn in found:
             scores_n = aggregate_scores(scores_Mn, columns.aggregate)
             parts.append(scores_n)

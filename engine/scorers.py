@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -60,6 +61,20 @@ class ModelScorer:
 
     def cost(self, length: int, wild_type: str) -> int:
         return min(length, self.limit) * (length if self._method == "pseudo-ll" else 1)
+
+
+def language_head_hash(encoder: Encoder) -> str:
+    """Hash of the language-model head, on which scores depend and of which a model's own fingerprint knows nothing.
+
+    Raises:
+        InputError: the encoder has no language-model head.
+    """
+    head = QueryRunner(encoder).encoder.head
+    assert head is not None
+    digest = hashlib.blake2b(digest_size=16)
+    for tensor in head.state_dict().values():
+        digest.update(tensor.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 class HeadScorer:

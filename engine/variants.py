@@ -7,7 +7,7 @@ import gzip
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
@@ -192,8 +192,12 @@ def confine(variant: Variant, first: int, last: int) -> Variant:
     """The part of a variant from residue `first` to `last`, counted from 1, both included; it keeps its name.
 
     Raises:
-        InputError: the region is empty or lies outside of the protein, or a substitution lies outside of the region.
+        InputError: the region is empty or lies outside of the protein, a substitution lies outside of the region, or
+            residues are inserted or deleted.
     """
+    if variant.is_indel:
+        message = f"variant {variant.name!r} inserts or deletes residues: its regions are not the wild type's"
+        raise InputError(message)
     if not 1 <= first <= last <= len(variant.sequence):
         message = f"residues {first} to {last} are no part of a protein of {len(variant.sequence)}"
         raise InputError(message)
@@ -201,7 +205,7 @@ def confine(variant: Variant, first: int, last: int) -> Variant:
         message = f"variant {variant.name!r}: residue {outside[0]} lies outside of {first} to {last}"
         raise InputError(message)
     sites = tuple(site - first + 1 for site in variant.sites)
-    return Variant(name=variant.name, sites=sites, sequence=variant.sequence[first - 1 : last])
+    return replace(variant, sites=sites, sequence=variant.sequence[first - 1 : last])
 
 
 def read_scan(path: Path, wild_type: str, *, column: str = "DMS_score") -> tuple[list[Variant], list[float]]:

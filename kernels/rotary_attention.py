@@ -109,7 +109,8 @@ def _(qkv: Sequence[torch.Tensor], *_: object) -> torch.Tensor:
     return product.values_NO.new_empty((T, C // 3), dtype=product.dtype)
 
 
-def _why_not_cpu(qkv: Product, head_width: int) -> str | None:
+def why_not_cpu_attention(qkv: Product, head_width: int) -> str | None:
+    """Why the C++ kernel cannot run on a product, in one line; None where it can."""
     if head_width < _NARROWEST_HEAD:
         return f"the head width is {head_width}, not at least {_NARROWEST_HEAD}"
     return why_not_cpu(qkv)
@@ -135,13 +136,13 @@ def _choose(qkv: Product, head_width: int, impl: str) -> str:
             reason = "torch has varlen attention" if has_varlen else _why_not_triton(qkv)
             choice = "triton" if reason is None else "torch"
         else:
-            reason = _why_not_cpu(qkv, head_width)
+            reason = why_not_cpu_attention(qkv, head_width)
             choice = "cpu" if reason is None else "torch"
         _log_choice(choice, reason)
         return choice
     reason = None
     if impl == "cpu":
-        reason = _why_not_cpu(qkv, head_width)
+        reason = why_not_cpu_attention(qkv, head_width)
     elif impl == "triton":
         reason = _why_not_triton(qkv)
     if reason is not None:

@@ -7,6 +7,8 @@ Keys and values of all tokens take part, queries of the chosen rows: work and me
 
 Implementations:
     reference  `rotary_attention_reference`, then the rows (fp64 gives the gold of the tests).
+    cpu        csrc/rotary_attention.cpp, with a list of the queries that are wanted: see `rotary_attention` for what it
+               takes. No gradients.
     torch      keys turned by `apply_rotary`, then torch's scaled_dot_product_attention: once where all sequences are as
                long and have as many rows, as masked copies of one protein do, else once a sequence. Differentiable,
                any device. bf16 on a CPU without bf16 units is widened to fp32.
@@ -21,15 +23,22 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
+from .cpu_kernels import array, cpu_level, module, product_arrays
 from .linear import needs_widening
 from .product import Product
 from .rotary import apply_rotary
-from .rotary_attention import RotaryTable, check_rotary_attention, rotary_attention_reference
+from .rotary_attention import (
+    RotaryTable,
+    check_rotary_attention,
+    rotary_attention_reference,
+    why_not_cpu_attention,
+)
 
-IMPLS = ("auto", "reference", "torch")
+IMPLS = ("auto", "reference", "torch", "cpu")
 
 
 def row_attention_reference(
@@ -73,6 +82,63 @@ def _attend(
     return torch.cat(out)
 
 
+@torch.library.custom_op("protnest::row_attention", mutates_args=())
+def _row_attention(
+    qkv: Sequence[torch.Tensor],
+    cos_PJ: torch.Tensor,
+    sin_PJ: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    heads: int,
+    index_R: torch.Tensor,
+    counts_B: Sequence[int],
+    level: str,
+    pairs: bool,
+) -> torch.Tensor:
+    product = Product.of(list(qkv))
+    out_RD = torch.empty((index_R.shape[0], product.values_NO.shape[1] // 3), dtype=product.dtype)
+    module().rotary_attention(
+        product_arrays(product),
+        array(cos_PJ),
+        array(sin_PJ),
+        array(cu_seqlens),
+        heads,
+        level,
+        pairs,
+        torch.get_num_threads(),
+        array(out_RD),
+        array(index_R),
+        np.cumsum([0, *counts_B], dtype=np.int64),
+    )
+    return out_RD
+
+
+@_row_attention.register_fake
+def _(
+    qkv: Sequence[torch.Tensor],
+    cos_PJ: torch.Tensor,
+    sin_PJ: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    heads: int,
+    index_R: torch.Tensor,
+    *_: object,
+) -> torch.Tensor:
+    product = Product.of(list(qkv))
+    return product.values_NO.new_empty((index_R.shape[0], product.values_NO.shape[1] // 3), dtype=product.dtype)
+
+
+def _choose(qkv: Product, head_width: int, impl: str) -> str:
+    if impl not in IMPLS:
+        message = f"impl is {impl!r}; allowed: {', '.join(IMPLS)}"
+        raise ValueError(message)
+    if impl not in ("auto", "cpu"):
+        return impl
+    reason = why_not_cpu_attention(qkv, head_width)
+    if impl == "cpu" and reason is not None:
+        message = f"impl={impl!r} cannot run here: {reason}"
+        raise RuntimeError(message)
+    return "cpu" if reason is None else "torch"
+
+
 def row_attention(
     qkv: torch.Tensor | Product,
     table: RotaryTable,
@@ -90,14 +156,16 @@ def row_attention(
         qkv, table, cu_seqlens, lengths_B, heads: as `rotary_attention` takes them.
         index_R: int64 (R,), tokens of the batch; those of a sequence stand together, in the sequences' order.
         counts_B: how many of them belong to each sequence, on the host.
-        impl: "auto" (which is "torch"), "reference" or "torch".
+        impl: "auto" ("cpu" where it can run, else "torch"), "reference", "torch" or "cpu"; a named one runs or raises.
 
     Returns:
         (R, H K) of the dtype of qkv's numbers.
 
     Raises:
         ValueError: shapes disagree, the lengths do not add up to T or the counts to R, a sequence without tokens is
-            said to have rows, or `impl` is unknown.
+            said to have rows, or `impl` is unknown; "cpu" also where a row lies in another sequence, or a sequence has
+            more rows than tokens.
+        RuntimeError: the named implementation cannot run on these tensors.
     """
     if isinstance(qkv, torch.Tensor):
         qkv = Product(qkv)
@@ -111,9 +179,13 @@ def row_attention(
     if sum(counts_B) != index_R.shape[0]:
         message = f"counts add up to {sum(counts_B)}, but there are {index_R.shape[0]} rows"
         raise ValueError(message)
-    if impl not in IMPLS:
-        message = f"impl is {impl!r}; allowed: {', '.join(IMPLS)}"
-        raise ValueError(message)
-    if impl == "reference":
+    chosen = _choose(qkv, qkv.values_NO.shape[1] // (3 * heads), impl)
+    if chosen == "reference":
         return row_attention_reference(qkv.numbers(), table, cu_seqlens, heads, index_R)
-    return _attend(qkv.numbers(), table, cu_seqlens, lengths_B, heads, index_R, counts_B)
+    if chosen == "torch":
+        return _attend(qkv.numbers(), table, cu_seqlens, lengths_B, heads, index_R, counts_B)
+    level = cpu_level()
+    attended_RD: torch.Tensor = _row_attention(
+        qkv.tensors(), *table, cu_seqlens, heads, index_R, list(counts_B), level, level == "v4_bf16"
+    )
+    return attended_RD

@@ -1,4 +1,4 @@
-"""protnest bench: mounted, three suites, rows only where a file is named, one JSON object, exit codes."""
+"""protnest bench: mounted, four suites, rows only where a file is named, one JSON object, exit codes."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from protnest.benchmarks import bench_embed, bench_kd, bench_nested, cli, embed_suite
+from protnest.benchmarks import bench_embed, bench_kd, bench_nested, bench_score, cli, embed_suite
 from protnest.benchmarks.kd_problems import LOGITS, Problem
 from protnest.benchmarks.parity import ParityError
 from protnest.engine.cli import app
 from protnest.engine.config import EncoderConfig
 from typer.testing import CliRunner
 
+from support.scoring import tiny_problem
 from support.tiny import random_proteins, save_tiny_model, write_fasta
 
 ENTRY_POINTS = {entry.name: entry for entry in importlib.metadata.entry_points(group="protnest.commands")}
@@ -31,6 +32,8 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(bench_kd, "usual_problems", lambda **options: [problem])
     models = [str(save_tiny_model(tmp_path / "tiny"))]
     monkeypatch.setattr(bench_nested, "default_models", lambda: models)
+    monkeypatch.setattr(bench_score, "find_problem", lambda *given, **options: tiny_problem())
+    monkeypatch.setattr(bench_score, "SCANS", tmp_path)
     # Nested runs on one thread, and would leave the tests after it there.
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     return write_fasta(tmp_path / "a.fasta", random_proteins(9, seed=0))
@@ -53,12 +56,13 @@ def _options(suite: str, fasta: Path) -> list[str]:
         "embed": ["--shapes", "tiny", "--sequences", "6", "--peers", "none", "--precisions", "fp32"],
         "nested": ["--sequences", "2"],
         "kd": ["--quick"],
+        "score": ["--positions", "5", "--precisions", "fp32,bf16"],
     }
     given = ["--suite", suite, "--device", "cpu", "--pairs", "2", *own[suite]]
-    return given if suite == "kd" else [*given, "--fasta", str(fasta)]
+    return given if suite in ("kd", "score") else [*given, "--fasta", str(fasta)]
 
 
-@pytest.mark.parametrize("suite", ["embed", "kd"])
+@pytest.mark.parametrize("suite", ["embed", "kd", "score"])
 def test_a_suite_prints_a_table_and_appends_rows(small: Path, tmp_path: Path, suite: str) -> None:
     out = tmp_path / "rows.jsonl"
     result = _run(*_options(suite, small), "--out", str(out))
@@ -72,7 +76,7 @@ def test_a_suite_prints_a_table_and_appends_rows(small: Path, tmp_path: Path, su
         assert row["peak_device_bytes"] is None
 
 
-@pytest.mark.parametrize("suite", ["embed", "nested", "kd"])
+@pytest.mark.parametrize("suite", ["embed", "nested", "kd", "score"])
 def test_json_is_one_object_and_no_file_appears(
     small: Path, tmp_path: Path, suite: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,6 +113,8 @@ def test_a_wrong_answer_ends_it_with_exit_code_1(small: Path, monkeypatch: pytes
         (["--mix", "equal"], 2, "unknown: equal"),
         (["--mix", "uniform", "--fasta", "a.fasta"], 2, "a FASTA file goes with the mix uniprot alone"),
         (["--precisions", "fp8"], 2, "unknown: fp8"),
+        (["--suite", "score", "--precisions", "fp16"], 2, "unknown: fp16"),
+        (["--suite", "score", "--positions", "0"], 2, "--positions"),
         (["--fasta", "missing.fasta"], 1, "missing.fasta"),
         (["--esm-cpp-python", "/no/such/python"], 1, "cannot import esm_cpp"),
     ],

@@ -46,7 +46,7 @@ def _queries() -> list[Query]:
         asked += [Query(tokens, (place,), place) for place in rng.integers(1, last, size=3).tolist()]
         # <cls> and <eos>, in any order, twice, nothing, and others than the masked one.
         asked += [Query(tokens, (last, 0, 1, 0)), Query(tokens, ()), Query(tokens, (0, last), 1)]
-        asked += [Query(tokens, tuple(range(last + 1)), last // 2)]
+        asked += [Query(tokens, tuple(range(last + 1)), last // 2), Query(tokens, (0,), 0)]
     return [asked[place] for place in rng.permutation(len(asked)).tolist()]
 
 
@@ -135,6 +135,28 @@ def test_masked_tokens_are_masked_and_no_others() -> None:
     assert tokens_T.tolist() == [cls, M, mask, T, eos, cls, M, K, T, eos, cls, M, K, mask, eos]
     assert cu_seqlens.tolist() == [0, 5, 10, 15]
     assert index_R.tolist() == [2, 9, 6, 10]
+
+
+class _LateArrivals:
+    """Results that are there when they are waited for, as a GPU's are."""
+
+    def __init__(self) -> None:
+        self._underway: list[tuple[torch.Tensor, Any]] = []
+
+    def expect(self, tensor: torch.Tensor, use: Any) -> None:
+        self._underway.append((tensor.clone(), use))
+
+    def finish(self) -> None:
+        for tensor, use in self._underway:
+            use(tensor.numpy())
+        self._underway.clear()
+
+
+@pytest.mark.parametrize("rounds", [1, 64])
+def test_answers_may_come_late(rounds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queries, "_ROUND_BATCHES", rounds)
+    monkeypatch.setattr(queries, "Arrivals", _LateArrivals)
+    _check(_answers(_queries(), QueryRunner(_encoder(), max_tokens=150)))
 
 
 def test_no_queries() -> None:
@@ -281,8 +303,8 @@ def test_other_errors_are_not_caught() -> None:
 def test_no_head() -> None:
     headless = Encoder(_encoder().config, head=False, name="headless")
     message = (
-        "headless has no language-model head, and its checkpoint cannot score: only `--head` reads scores from "
-        "embeddings"
+        "headless has no language-model head: its checkpoint holds the encoder alone, from which only a fitted ridge "
+        "head reads scores"
     )
     with pytest.raises(InputError, match=re.escape(message)):
         QueryRunner(headless)

@@ -214,6 +214,7 @@ def test_sequences_of_letters_that_are_none() -> None:
         # Beyond both ends.
         (["A4G", "K8R", "Y14A"], None),
         (["K2R", "T3A", "M0A"], None),
+        (["M1A", "K0R"], None),
         (["WT", ""], None),
         ([], None),
     ],
@@ -263,6 +264,10 @@ def test_regions() -> None:
         confine(parse_variant("A4G", WILD_TYPE), 3, 9)
     with pytest.raises(InputError, match="'A4G:K8R': residue 8 lies outside of 2 to 7"):
         confine(parse_variant("A4G:K8R", WILD_TYPE), 2, 7)
+    masked = parse_variant("A4J", WILD_TYPE, invalid="mask")
+    assert confine(masked, 2, 5) == Variant(name="A4J", sites=(2,), sequence="KTXY", flags=("masked",))
+    with pytest.raises(InputError, match="variant '3 residues' inserts or deletes residues: its regions are not"):
+        confine(variant_of_sequence("MKT", WILD_TYPE), 1, 2)
     for text in ("", "3", "3-", "0-4", "8-3", "a-b"):
         with pytest.raises(InputError, match=re.escape(f"region {text!r} is not spelt like 331-531")):
             parse_region(text)

@@ -32,7 +32,7 @@ from protnest.kernels.rotary_attention import RotaryTable, rotary_attention
 from support.attention_cases import HEADS, Case, find_failure, guarded, guarded_product, make_case
 from support.attention_mutants import CPP_MUTANTS, PYTHON_MUTANTS
 from support.poisoned import poisoned_memory
-from support.source_mutants import compile_rest, load_cpp_mutant
+from support.source_mutants import load_cpp_mutant
 
 _extension = load()
 BEST = _extension.best_level() if _extension is not None else ""
@@ -345,29 +345,21 @@ def test_python_mutants_are_caught(name: str, impl: str) -> None:
         assert any(find_failure(_run(impl, case), case, impl) is not None for case in cases)
 
 
-@pytest.fixture(scope="session")
-def rest(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The extension's other files, compiled once."""
-    if not BEST:
-        pytest.skip(f"cpu: {missing_reason()}")
-    return compile_rest("rotary_attention", tmp_path_factory.mktemp("rest"))
-
-
 def _levels_here() -> list[str]:
     return [impl for impl in LEVEL_IMPLS if LEVELS.index(impl.partition(" ")[0]) <= LEVELS.index(BEST)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CPP_MUTANTS)
-def test_cpp_mutants_are_caught(name: str, rest: list[Path], tmp_path: Path) -> None:
-    mutant = load_cpp_mutant(["rotary_attention.cpp", "lanes.hpp"], CPP_MUTANTS[name], rest, tmp_path, "-O1")
+def test_cpp_mutants_are_caught(name: str, attention_rest: list[Path], tmp_path: Path) -> None:
+    mutant = load_cpp_mutant(["rotary_attention.cpp", "lanes.hpp"], CPP_MUTANTS[name], attention_rest, tmp_path, "-O1")
     with mock.patch.object(cpu_kernels, "load", return_value=mutant):
         assert any(map(_is_caught, _levels_here())), f"nothing notices: {name}"
 
 
 @pytest.mark.slow
-def test_what_is_not_broken_is_not_caught(rest: list[Path], tmp_path: Path) -> None:
-    same = load_cpp_mutant(["rotary_attention.cpp", "lanes.hpp"], {}, rest, tmp_path, "-O1")
+def test_what_is_not_broken_is_not_caught(attention_rest: list[Path], tmp_path: Path) -> None:
+    same = load_cpp_mutant(["rotary_attention.cpp", "lanes.hpp"], {}, attention_rest, tmp_path, "-O1")
     with mock.patch.object(cpu_kernels, "load", return_value=same):
         assert not any(map(_is_caught, _levels_here()))
 

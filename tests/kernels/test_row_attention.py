@@ -1,4 +1,8 @@
-"""row_attention: both implementations against fp64 gold, whatever rows are chosen; gradients, errors, mutants.
+"""row_attention: every implementation and level against fp64 gold, whatever rows are chosen; the bits of
+rotary_attention, gradients, errors, mutants.
+
+"v4 in pairs" is level v4 multiplying pairs of bf16 as v4_bf16 does. The file is long because Python and the binding
+each refuse what they must, one line a refusal.
 
 Shapes: T tokens, R rows, B sequences, L of one sequence, H heads, K head width, C = 3 H K.
 """
@@ -19,7 +23,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from protnest.kernels import cpu_kernels, rotary_attention
 from protnest.kernels import row_attention as module
+from protnest.kernels.cpu_kernels import LEVELS, cpu_level
+from protnest.kernels.extension import load, missing_reason
 from protnest.kernels.linear import needs_widening
 from protnest.kernels.product import Product, Scales
 from protnest.kernels.rotary_attention import RotaryTable
@@ -27,10 +34,25 @@ from protnest.kernels.row_attention import row_attention
 
 from support.attention_cases import Case, find_failure, guarded, guarded_product, make_case
 from support.poisoned import poisoned_memory
-from support.row_attention_mutants import MUTANTS, REFERENCE_MUTANTS
-from support.source_mutants import load_mutant
+from support.row_attention_mutants import CPP_MUTANTS, CPU_MUTANTS, MUTANTS, REFERENCE_MUTANTS
+from support.source_mutants import load_cpp_mutant, load_mutant
 
+_extension = load()
+BEST = _extension.best_level() if _extension is not None else ""
+needs_extension = pytest.mark.skipif(not BEST, reason=f"cpu: {missing_reason()}")
+LEVEL_IMPLS = ("portable", "v3", "v4", "v4 in pairs", "v4_bf16")
+
+
+def _level(impl: str) -> Any:
+    lacking = not BEST or LEVELS.index(impl.partition(" ")[0]) > LEVELS.index(BEST)
+    reason = f"{impl}: {missing_reason() or f'this processor runs {BEST}'}"
+    return pytest.param(impl, marks=pytest.mark.skipif(lacking, reason=reason))
+
+
+each_level = pytest.mark.parametrize("impl", [*map(_level, LEVEL_IMPLS)])
 each_impl = pytest.mark.parametrize("impl", ["reference", "torch"])
+each_name = pytest.mark.parametrize("impl", ["reference", "torch", pytest.param("cpu", marks=needs_extension)])
+each_impl_or_level = pytest.mark.parametrize("impl", ["reference", "torch", *map(_level, LEVEL_IMPLS)])
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +65,8 @@ def _poison() -> Iterator[None]:
 # Which rows
 
 CHOICES = ("one each", "few", "all", "none", "twice", "ends", "one sequence")
+MORE_CHOICES = (*CHOICES, "more than tokens")
+"""C++ takes no more rows of a sequence than it has tokens."""
 
 
 def _choose(lengths_B: tuple[int, ...], choice: str) -> tuple[torch.Tensor, tuple[int, ...]]:
@@ -59,9 +83,11 @@ def _choose(lengths_B: tuple[int, ...], choice: str) -> tuple[torch.Tensor, tupl
         elif choice == "none":
             rows = []
         elif choice == "twice":
-            rows = [*rows[:3], *rows[:2]]
+            rows = [*rows[:2], *rows[:2], *rows[2:3]][:length]
+        elif choice == "more than tokens":
+            rows = [*rows, *rows[:2]]
         elif choice == "ends":
-            rows = [length - 1, 0] if length else []
+            rows = [length - 1, 0][:length]
         elif choice == "one sequence" and b != last:
             rows = []
         index += [begin + row for row in rows]
@@ -71,8 +97,12 @@ def _choose(lengths_B: tuple[int, ...], choice: str) -> tuple[torch.Tensor, tupl
 
 
 def _run(case: Case, index_R: torch.Tensor, counts_B: tuple[int, ...], impl: str, ops: Any = module) -> torch.Tensor:
-    arguments = (case.qkv, case.table, case.cu_seqlens, case.lengths_B, case.heads, index_R, counts_B)
-    out_RD: torch.Tensor = ops.row_attention(*arguments, impl=impl)
+    if impl in ops.IMPLS:
+        arguments = (case.qkv, case.table, case.cu_seqlens, case.lengths_B, case.heads, index_R, counts_B)
+        out_RD: torch.Tensor = ops.row_attention(*arguments, impl=impl)
+    else:
+        given = (case.qkv.tensors(), *case.table, case.cu_seqlens, case.heads, index_R, list(counts_B))
+        out_RD = ops._row_attention(*given, impl.partition(" ")[0], impl in ("v4 in pairs", "v4_bf16"))
     return out_RD
 
 
@@ -131,6 +161,15 @@ RUN = [
 @pytest.mark.parametrize(("name", "impl"), RUN)
 def test_within_bounds_of_gold(name: str, impl: str, company: str) -> None:
     case = GIVEN[name](COMPANIES[company])
+    for choice in MORE_CHOICES:
+        _check(case, *_choose(case.lengths_B, choice), impl)
+
+
+@each_level
+@pytest.mark.parametrize("company", ["ragged", "uniform"])
+@pytest.mark.parametrize("name", GIVEN)
+def test_levels_within_bounds_of_gold(name: str, company: str, impl: str) -> None:
+    case = GIVEN[name](COMPANIES[company])
     for choice in CHOICES:
         _check(case, *_choose(case.lengths_B, choice), impl)
 
@@ -146,14 +185,6 @@ def test_exact_in_fp64(lengths_B: tuple[int, ...], left: str, impl: str) -> None
         bound = (1e-13 * (1 + gold.score_size) * gold.mean_size)[index_R]
         got_RD = _run(case, index_R, counts_B, impl)
         assert (np.abs(got_RD.numpy().reshape(bound.shape) - gold.out[index_R]) <= bound).all()
-
-
-@pytest.mark.parametrize("lengths_B", [RAGGED, UNIFORM])
-def test_auto_is_torch(lengths_B: tuple[int, ...]) -> None:
-    case, rows = make_cached(lengths_B, 20), _choose(lengths_B, "few")
-    assert torch.equal(_run(case, *rows, "auto"), _run(case, *rows, "torch"))
-    arguments = (case.table, case.cu_seqlens, case.lengths_B, case.heads, *rows)
-    assert torch.equal(row_attention(case.qkv.values_NO, *arguments), _run(case, *rows, "torch"))
 
 
 @pytest.mark.parametrize(
@@ -181,10 +212,77 @@ def test_one_call_where_all_are_alike(lengths_B: tuple[int, ...], counts_B: tupl
     assert attend.call_count == calls
 
 
+# The same bits
+
+
+def _attend_all(case: Case, impl: str) -> torch.Tensor:
+    """rotary_attention at a level."""
+    level, pairs = impl.partition(" ")[0], impl in ("v4 in pairs", "v4_bf16")
+    given = (case.qkv.tensors(), *case.table, case.cu_seqlens, case.heads, max(case.lengths_B, default=0))
+    out_TD: torch.Tensor = rotary_attention._rotary_attention(*given, level, pairs)
+    return out_TD
+
+
+# More than one block of 32 queries and one tile of 128 keys.
+LONG = (130, 3, 0, 70)
+
+
+@each_level
+@pytest.mark.parametrize("name", GIVEN)
+def test_bits_of_rotary_attention(name: str, impl: str) -> None:
+    for lengths_B in (*COMPANIES.values(), LONG):
+        case = GIVEN[name](lengths_B)
+        all_TD = _attend_all(case, impl)
+        for choice in CHOICES:
+            index_R, counts_B = _choose(lengths_B, choice)
+            assert torch.equal(_run(case, index_R, counts_B, impl), all_TD[index_R]), (lengths_B, choice)
+
+
+@pytest.fixture
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("_threads")
+@each_level
+@pytest.mark.parametrize("name", ["hostile, K = 8, fp32", "hostile, K = 10, bf16", "integers, K = 20"])
+def test_company_and_threads_change_no_bit(name: str, impl: str) -> None:
+    case = GIVEN[name](LONG)
+    for choice in CHOICES:
+        index_R, counts_B = _choose(LONG, choice)
+        torch.set_num_threads(1)
+        together = _run(case, index_R, counts_B, impl).split(list(counts_B))
+        begins_R = case.cu_seqlens[:-1].long().repeat_interleave(torch.tensor(counts_B))
+        places = (index_R - begins_R).split(list(counts_B))
+        for threads, order in ((2, [0, 1, 2, 3]), (5, [3, 0, 0, 2]), (1, [1]), (1, [0])):
+            torch.set_num_threads(threads)
+            picked = case.pick(order)
+            begins = picked.cu_seqlens.tolist()
+            index_R = torch.cat([places[b] + begin for b, begin in zip(order, begins, strict=False)])
+            counts = tuple(counts_B[b] for b in order)
+            got_RD = _run(picked, index_R, counts, impl)
+            assert torch.equal(got_RD, torch.cat([together[b] for b in order])), (choice, threads)
+
+
+@needs_extension
+@pytest.mark.parametrize("level", [*LEVELS[: LEVELS.index(BEST) + 1], ""] if BEST else [""])
+def test_level_by_the_environment(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, rows = make_cached(LONG, 20, torch.bfloat16), _choose(LONG, "few")
+    monkeypatch.setenv("PROTNEST_CPU_LEVEL", level)
+    cpu_level.cache_clear()
+    try:
+        got_RD = _run(case, *rows, "cpu")
+    finally:
+        cpu_level.cache_clear()
+    assert torch.equal(got_RD, _run(case, *rows, level or BEST))
+
+
 # What products leave
 
 
-@each_impl
+@each_impl_or_level
 @pytest.mark.parametrize("lengths_B", [(40, 3), (20, 20)])
 @pytest.mark.parametrize("left", ["with bias", "integers"])
 def test_a_product_is_what_its_numbers_are(left: str, lengths_B: tuple[int, ...], impl: str) -> None:
@@ -200,13 +298,16 @@ def test_a_product_is_what_its_numbers_are(left: str, lengths_B: tuple[int, ...]
     got_RD = _run(dataclasses.replace(case, qkv=guarded_product(product)), *rows, impl)
     expected_RD = _run(dataclasses.replace(case, qkv=Product(guarded(product.numbers()))), *rows, impl)
     assert got_RD.dtype == torch.float32
-    assert torch.equal(got_RD, expected_RD)
+    if left == "integers" and impl.startswith("v"):
+        torch.testing.assert_close(got_RD, expected_RD, rtol=1e-4, atol=2e-4)  # a shorter polynomial
+    else:
+        assert torch.equal(got_RD, expected_RD)
 
 
 # Numbers that are none
 
 
-@each_impl
+@each_impl_or_level
 @pytest.mark.parametrize("lengths_B", [(21, 40, 10), (24, 24, 24)])
 @pytest.mark.parametrize("part", range(3))
 def test_not_a_number_stays_in_its_sequence_and_head(part: int, lengths_B: tuple[int, ...], impl: str) -> None:
@@ -229,7 +330,7 @@ def test_not_a_number_stays_in_its_sequence_and_head(part: int, lengths_B: tuple
     assert _run(broken, elsewhere_R, elsewhere_B, impl).shape == (0, 16 * case.heads)
 
 
-@each_impl
+@each_name
 def test_inputs_are_left_alone(impl: str) -> None:
     case, (index_R, counts_B) = make_case(RAGGED, 8, left="integers"), _choose(RAGGED, "few")
     tensors = [*case.qkv.tensors(), *case.table, case.cu_seqlens, index_R]
@@ -237,6 +338,86 @@ def test_inputs_are_left_alone(impl: str) -> None:
     _run(case, index_R, counts_B, impl)
     for tensor, copy in zip(tensors, before, strict=True):
         assert torch.equal(tensor.nan_to_num(), copy.nan_to_num())
+
+
+@needs_extension
+def test_inputs_of_other_layouts() -> None:
+    case, (index_R, counts_B) = make_case(RAGGED, 8, left="integers"), _choose(RAGGED, "few")
+    parts = [
+        part.T.contiguous().T if part.dim() == 2 else part.repeat_interleave(2)[::2] for part in case.qkv.tensors()
+    ]
+    turned = dataclasses.replace(case, qkv=Product.of(parts))
+    got_RD = _run(turned, index_R.repeat_interleave(2)[::2], counts_B, "cpu")
+    assert torch.equal(got_RD, _run(case, index_R, counts_B, "cpu"))
+
+
+# Which implementation runs
+
+NOT_CPU: dict[str, tuple[dict[str, Any], str | None, str]] = {
+    "gradients": ({"K": 16}, "values_NO", "gradients are asked for"),
+    "gradients of the bias": ({"K": 16, "left": "with bias"}, "bias_O", "gradients are asked for"),
+    "gradients of the bias of integers": ({"K": 16, "left": "integers"}, "bias_O", "gradients are asked for"),
+    "fp64": ({"K": 16, "dtype": torch.float64}, None, "dtype is torch.float64, not fp32 or bf16"),
+    "narrow heads": ({"K": 6}, None, "the head width is 6, not at least 8"),
+    "bias in bf16": (
+        {"K": 16, "dtype": torch.bfloat16, "left": "with bias"},
+        None,
+        "a bias is left to be added in bf16",
+    ),
+}
+
+
+@needs_extension
+@pytest.mark.parametrize(("given", "wanted", "reason"), NOT_CPU.values(), ids=NOT_CPU)
+def test_auto_is_torch_where_cpp_cannot_run(given: dict[str, Any], wanted: str | None, reason: str) -> None:
+    case, rows = make_case((2, 4), **given, heads=2), _choose((2, 4), "ends")
+    if wanted is not None:
+        getattr(case.qkv, wanted).requires_grad_()
+    got_RD = _run(case, *rows, "auto")
+    assert torch.equal(got_RD, _run(case, *rows, "torch"))
+    assert got_RD.requires_grad == (wanted is not None)
+    with pytest.raises(RuntimeError, match=re.escape(f"impl='cpu' cannot run here: {reason}")):
+        _run(case, *rows, "cpu")
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lengths_B", [RAGGED, UNIFORM])
+def test_auto_is_cpp_where_it_can_run(lengths_B: tuple[int, ...], dtype: torch.dtype) -> None:
+    case, rows = make_case(lengths_B, 20, dtype), _choose(lengths_B, "few")
+    expected_RD = _run(case, *rows, "cpu")
+    assert torch.equal(expected_RD, _run(case, *rows, "v4_bf16" if BEST == "v4_bf16" else BEST))
+    case.qkv.values_NO.requires_grad_()
+    with mock.patch.object(module, "_attend", side_effect=AssertionError), torch.no_grad():
+        arguments = (case.table, case.cu_seqlens, case.lengths_B, case.heads, *rows)
+        for got_RD in (_run(case, *rows, "auto"), row_attention(case.qkv.values_NO, *arguments)):
+            assert torch.equal(got_RD, expected_RD)
+
+
+@pytest.mark.parametrize("lengths_B", [RAGGED, UNIFORM])
+def test_without_the_extension(lengths_B: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_kernels, "load", lambda: None)
+    monkeypatch.setattr(cpu_kernels, "missing_reason", lambda: "it is not built")
+    case, rows = make_cached(lengths_B, 20), _choose(lengths_B, "few")
+    assert torch.equal(_run(case, *rows, "auto"), _run(case, *rows, "torch"))
+    with pytest.raises(RuntimeError, match="impl='cpu' cannot run here: it is not built"):
+        _run(case, *rows, "cpu")
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("left", "dtype"),
+    [
+        ("numbers", torch.float32),
+        ("numbers", torch.bfloat16),
+        ("with bias", torch.float32),
+        ("integers", torch.float32),
+    ],
+)
+def test_opcheck(left: str, dtype: torch.dtype) -> None:
+    case, (index_R, counts_B) = make_case((2, 4), 8, dtype, heads=2, left=left), _choose((2, 4), "one each")
+    given = (case.qkv.tensors(), *case.table, case.cu_seqlens, case.heads, index_R, list(counts_B))
+    torch.library.opcheck(module._row_attention, (*given, BEST, BEST == "v4_bf16"))
 
 
 # Gradients
@@ -271,6 +452,8 @@ def test_gradients_reach_the_bias_of_integers() -> None:
 
 MUTANT_COMPANIES = (RAGGED, UNIFORM, (5, 7, 5, 7), (6, 6))
 MUTANT_GIVEN = ("mild, K = 20, fp32", "with bias, K = 20", "integers, K = 8")
+# An operator has one owner.
+OF_ITS_OWN = {"protnest::row_attention": "protnest::row_attention_mutant"}
 
 
 def _check_all(ops: ModuleType, impl: str) -> None:
@@ -280,20 +463,45 @@ def _check_all(ops: ModuleType, impl: str) -> None:
                 _check(GIVEN[name](lengths_B), *_choose(lengths_B, choice), impl, ops)
 
 
-@each_impl
+@each_impl_or_level
 def test_what_is_not_broken_is_not_caught(impl: str, tmp_path: Path) -> None:
-    _check_all(load_mutant("kernels.row_attention", {}, tmp_path), impl)
+    _check_all(load_mutant("kernels.row_attention", OF_ITS_OWN, tmp_path), impl)
 
 
 @pytest.mark.parametrize(
-    ("name", "impl"), [*((name, "torch") for name in MUTANTS), *((name, "reference") for name in REFERENCE_MUTANTS)]
+    ("name", "impl"),
+    [
+        *((name, "torch") for name in MUTANTS),
+        *((name, "reference") for name in REFERENCE_MUTANTS),
+        *(pytest.param(name, BEST, marks=needs_extension) for name in CPU_MUTANTS),
+    ],
 )
 def test_mutants_are_caught(name: str, impl: str, tmp_path: Path) -> None:
-    old, new = (MUTANTS | REFERENCE_MUTANTS)[name]
-    mutant = load_mutant("kernels.row_attention", {old: new}, tmp_path)
-    # What a mistake does to shapes may also stop torch.
-    with pytest.raises((AssertionError, RuntimeError)):
+    old, new = (MUTANTS | REFERENCE_MUTANTS | CPU_MUTANTS)[name]
+    mutant = load_mutant("kernels.row_attention", {old: new} | OF_ITS_OWN, tmp_path)
+    # What a mistake does to shapes may also stop torch, or the binding.
+    with pytest.raises((AssertionError, RuntimeError, ValueError)):
         _check_all(mutant, impl)
+
+
+# Queries are listed by the same lines at every level; one of them compiles faster.
+PORTABLE_ALONE = {"#if defined(PROTNEST_X86_LEVELS)": "#if 0"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CPP_MUTANTS)
+def test_cpp_mutants_are_caught(name: str, attention_rest: list[Path], tmp_path: Path) -> None:
+    changes = PORTABLE_ALONE | CPP_MUTANTS[name]
+    mutant = load_cpp_mutant(["rotary_attention.cpp"], changes, attention_rest, tmp_path, "-O0")
+    with mock.patch.object(cpu_kernels, "load", return_value=mutant), pytest.raises(AssertionError, match="portable, "):
+        _check_all(module, "portable")
+
+
+@pytest.mark.slow
+def test_cpp_that_is_not_broken_is_not_caught(attention_rest: list[Path], tmp_path: Path) -> None:
+    same = load_cpp_mutant(["rotary_attention.cpp"], PORTABLE_ALONE, attention_rest, tmp_path, "-O0")
+    with mock.patch.object(cpu_kernels, "load", return_value=same):
+        _check_all(module, "portable")
 
 
 # Errors
@@ -342,16 +550,129 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "fewer than no rows": ({"counts_B": (4, 0, -1)}, "torch.int64 rows (3,) and 3 counts for 3 sequences"),
     "counts of fewer rows": ({"counts_B": (1, 0, 1)}, "counts add up to 2, but there are 3 rows"),
     "counts of more rows": ({"counts_B": (2, 0, 2)}, "counts add up to 4, but there are 3 rows"),
-    "impl": ({"impl": "cpu"}, "impl is 'cpu'; allowed: auto, reference, torch"),
+    "impl": ({"impl": "sdpa"}, "impl is 'sdpa'; allowed: auto, reference, torch, cpu"),
 }
 
 
-@each_impl
+@each_name
 @pytest.mark.parametrize(("changes", "message"), BAD.values(), ids=BAD)
 def test_bad_input(changes: dict[str, Any], message: str, impl: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         row_attention(**_given(**({"impl": impl} | changes)))
 
 
-def test_the_input_that_errors_are_made_of_is_good() -> None:
-    assert row_attention(**_given()).shape == (3, 32)
+@each_name
+def test_the_input_that_errors_are_made_of_is_good(impl: str) -> None:
+    assert row_attention(**_given(), impl=impl).shape == (3, 32)
+
+
+OUTSIDE = "a row lies outside of its sequence"
+FALLS = "cu_rows falls, or a sequence has more rows than tokens"
+BAD_ROWS: dict[str, tuple[dict[str, Any], str]] = {
+    "after its sequence": ({"index_R": torch.tensor([2, 5, 2])}, OUTSIDE),
+    "before its sequence": ({"index_R": torch.tensor([1, 5, 1])}, OUTSIDE),
+    "after the batch": ({"index_R": torch.tensor([1, 6, 2])}, OUTSIDE),
+    "before the batch": ({"index_R": torch.tensor([-1, 5, 2])}, OUTSIDE),
+    "more than tokens": ({"index_R": torch.tensor([1, 0, 1]), "counts_B": (3, 0, 0)}, FALLS),
+}
+
+
+@needs_extension
+@pytest.mark.parametrize("impl", ["cpu", "auto"])
+@pytest.mark.parametrize(("changes", "message"), BAD_ROWS.values(), ids=BAD_ROWS)
+def test_cpp_refuses_rows(changes: dict[str, Any], message: str, impl: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        row_attention(**_given(**changes), impl=impl)
+
+
+def _arrays(**changes: Any) -> dict[str, Any]:
+    """Arguments of the binding: six tokens in sequences of 2, 0 and 4, two heads of 8; values are their tokens."""
+    qkv = np.zeros((6, 48), np.float32)
+    qkv[:, 32:] = np.arange(6)[:, None]
+    given = {
+        "qkv": (qkv, *[None] * 5),
+        "cos": np.ones((4, 4), np.float32),
+        "sin": np.zeros((4, 4), np.float32),
+        "cu_seqlens": np.array([0, 2, 2, 6], np.int32),
+        "heads": 2,
+        "level": "portable",
+        "pairs": False,
+        "threads": 1,
+        "out": np.full((3, 16), np.nan, np.float32),
+        "rows": np.array([1, 5, 2]),
+        "cu_rows": np.array([0, 1, 1, 3]),
+    }
+    return given | changes
+
+
+TOGETHER, DESCRIBES = "rows and cu_rows go together", "cu_rows does not describe the rows of these sequences"
+LAYOUT = "has not the size, the dtype or the layout"
+REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "rows alone": ({"cu_rows": None}, ValueError, TOGETHER),
+    "cu_rows alone": ({"rows": None, "out": np.zeros((6, 16), np.float32)}, ValueError, TOGETHER),
+    "neither, and out of other tokens": ({"rows": None, "cu_rows": None}, ValueError, "cu_seqlens ends elsewhere"),
+    "out of all tokens": ({"out": np.zeros((6, 16), np.float32)}, ValueError, LAYOUT),
+    "out of fewer rows": ({"out": np.zeros((2, 16), np.float32)}, ValueError, LAYOUT),
+    "qkv of more tokens": ({"qkv": (np.zeros((7, 48), np.float32), *[None] * 5)}, ValueError, LAYOUT),
+    "ends fall": ({"cu_seqlens": np.array([0, 4, 2, 6], np.int32)}, ValueError, "cu_seqlens falls"),
+    "rows in floats": ({"rows": np.array([1.0, 5.0, 2.0])}, TypeError, "incompatible function arguments"),
+    "cu_rows in floats": ({"cu_rows": np.array([0.0, 1, 1, 3])}, TypeError, "incompatible function arguments"),
+    "cu_rows too short": ({"cu_rows": np.array([0, 1, 3])}, ValueError, DESCRIBES),
+    "cu_rows too long": ({"cu_rows": np.array([0, 1, 1, 3, 3])}, ValueError, DESCRIBES),
+    "no cu_rows": ({"cu_rows": np.zeros(0, np.int64)}, ValueError, DESCRIBES),
+    "cu_rows not from 0": ({"cu_rows": np.array([1, 1, 1, 3])}, ValueError, DESCRIBES),
+    "cu_rows to fewer": ({"cu_rows": np.array([0, 1, 1, 2])}, ValueError, DESCRIBES),
+    "cu_rows to more": ({"cu_rows": np.array([0, 1, 1, 4])}, ValueError, DESCRIBES),
+    "cu_rows fall": ({"cu_rows": np.array([0, 1, 0, 3])}, ValueError, FALLS),
+    "cu_rows fall below 0": ({"cu_rows": np.array([0, -1, -1, 3])}, ValueError, FALLS),
+    # Read before what falls after it was seen, the numbers behind the rows would be taken for rows.
+    "cu_rows beyond the rows": (
+        {
+            "cu_seqlens": np.array([0, 4, 4, 6], np.int32),
+            "rows": np.array([1, 2, 3]),
+            "cu_rows": np.array([0, 4, 4, 3]),
+        },
+        ValueError,
+        FALLS,
+    ),
+    "rows of no tokens": ({"cu_rows": np.array([0, 1, 2, 3])}, ValueError, FALLS),
+    "more rows than tokens": ({"rows": np.array([1, 0, 1]), "cu_rows": np.array([0, 3, 3, 3])}, ValueError, FALLS),
+    "a row of the next sequence": ({"rows": np.array([2, 5, 2])}, ValueError, OUTSIDE),
+    "a row of the one before": ({"rows": np.array([1, 5, 1])}, ValueError, OUTSIDE),
+    "a row after all": ({"rows": np.array([1, 5, 6])}, ValueError, OUTSIDE),
+    "a row before all": ({"rows": np.array([-1, 5, 2])}, ValueError, OUTSIDE),
+}
+
+
+@needs_extension
+@pytest.mark.parametrize(("changes", "kind", "message"), REFUSED.values(), ids=REFUSED)
+def test_binding_refuses(changes: dict[str, Any], kind: type[Exception], message: str) -> None:
+    assert _extension is not None
+    given = _arrays(**changes)
+    before = given["out"].copy()
+    with pytest.raises(kind, match=message):
+        _extension.rotary_attention(**given)
+    np.testing.assert_array_equal(given["out"], before)
+
+
+@needs_extension
+@pytest.mark.parametrize("threads", [-1, 0, 1, 2, 1000])
+@pytest.mark.parametrize(
+    ("rows", "cu_rows", "means"),
+    [
+        ([1, 5, 2], [0, 1, 1, 3], [0.5, 3.5, 3.5]),
+        ([0, 0], [0, 2, 2, 2], [0.5, 0.5]),  # as many as tokens
+        ([5, 4, 3, 2], [0, 0, 0, 4], [3.5] * 4),
+        ([], [0, 0, 0, 0], []),
+    ],
+)
+def test_binding_writes_each_row(rows: list[int], cu_rows: list[int], means: list[float], threads: int) -> None:
+    """Scores are all 0: a row is the mean of its sequence's tokens. `out` lies between NaN, which stays."""
+    assert _extension is not None
+    around = np.full((len(rows) + 8, 16), np.nan, np.float32)
+    parts = {"rows": np.array(rows, np.int64), "cu_rows": np.array(cu_rows), "out": around[4:-4]}
+    _extension.rotary_attention(**_arrays(**parts, threads=threads))
+    expected = np.repeat(np.array(means, np.float32)[:, None], 16, axis=1)
+    np.testing.assert_allclose(around[4:-4], expected.reshape(-1, 16), rtol=1e-6)
+    assert np.isnan(around[:4]).all()
+    assert np.isnan(around[-4:]).all()

@@ -32,11 +32,14 @@ CPP_MUTANTS: dict[str, dict[str, str]] = {
     "second half not turned": {"second * c + first * s": "second * c"},
     "neighbours for halves": {"row.read(column + J + j)": "row.read(column + J + j - 1)"},
     "places from one": {
-        "input.cos_PJ + p * J": "input.cos_PJ + (p + 1) * J",
-        "input.sin_PJ + p * J": "input.sin_PJ + (p + 1) * J",
+        "input.cos_PJ + place * J": "input.cos_PJ + (place + 1) * J",
+        "input.sin_PJ + place * J": "input.sin_PJ + (place + 1) * J",
     },
-    "one place's sines for all": {"input.sin_PJ + p * J": "input.sin_PJ"},
-    "first heads in every part": {"((query ? 0 : H) + part.head + head)": "((query ? 0 : H) + head)"},
+    "one place's sines for all": {"input.sin_PJ + place * J": "input.sin_PJ"},
+    "first heads in every part": {
+        "turn_factors(row, (part.head + h) * K, input, p,": "turn_factors(row, h * K, input, p,",
+        "(H + part.head + h) * K": "(H + h) * K",
+    },
     "values of the next head": {"(2 * H + part.head + h) * K": "(2 * H + part.head + (h + 1) % part.heads) * K"},
     "last part of the heads left out": {
         "(input.heads + heads - 1) / heads": "std::max<std::int64_t>(1, input.heads / heads)"
@@ -53,7 +56,7 @@ CPP_MUTANTS: dict[str, dict[str, str]] = {
         "rows[3] = __builtin_shufflevector(b, d, 2, 3, 6, 7)": "rows[3] = __builtin_shufflevector(b, d, 2, 3, 4, 5)"
     },
     "maximum from 0": {"most[v] = L::all(-std::numeric_limits<float>::infinity())": "most[v] = L::all(0.0f)"},
-    "scaled by J": {"std::sqrt(static_cast<float>(K))": "std::sqrt(static_cast<float>(J))"},
+    "scaled by J": {"std::sqrt(static_cast<float>(K))": "std::sqrt(static_cast<float>(K / 2))"},
     "powers of two of natural scores": {"kLog2E / std::sqrt": "1.0f / std::sqrt"},
     "short polynomial for all": {"kDegree = Degree": "kDegree = 3"},
     "long polynomial's third term": {"series * f + 0.240221197f": "series * f + 0.240231197f"},

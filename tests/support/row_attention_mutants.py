@@ -1,4 +1,7 @@
-"""One-line mistakes in kernels/row_attention.py; each must fail the checks that the true file passes."""
+"""Mistakes of a line in kernels/row_attention.py, and in csrc/rotary_attention.cpp where it takes a list of queries.
+
+Each must fail the checks that the true file passes.
+"""
 
 from __future__ import annotations
 
@@ -69,3 +72,47 @@ REFERENCE_MUTANTS = {
     ),
 }
 """The same, of what `impl="reference"` runs."""
+
+CPU_MUTANTS = {
+    "counts not added up": ("np.cumsum([0, *counts_B], dtype=np.int64)", "np.array([0, *counts_B])"),
+    "counts from the last sequence on": ("np.cumsum([0, *counts_B]", "np.cumsum([0, *counts_B[::-1]]"),
+    "C++ gets the rows sorted": ("array(index_R)", "array(index_R.sort().values)"),
+    "C++ gets what is to be done left out": (
+        "product_arrays(product)",
+        "product_arrays(product._replace(bias_O=None))",
+    ),
+    "C++ has half of the heads": ("        heads,\n        level", "        max(1, heads // 2),\n        level"),
+    "sines for cosines": ("array(cos_PJ)", "array(sin_PJ)"),
+}
+"""The same, of what runs C++."""
+
+_QUERY = "turn_factors(row, (part.head + h) * K, input, place, factor"
+_FIRST = "input.rows + to"
+_COUNT = "input.cu_rows[b + 1] - to"
+_ALL = "input.cu_rows[input.sequences]"
+# Of rows that lie elsewhere; what is broken still reads its own sequence.
+_INSIDE = {
+    "part.rows[query] - part.begin": "std::clamp<std::int64_t>(part.rows[query] - part.begin, 0, part.length - 1)"
+}
+
+CPP_MUTANTS: dict[str, dict[str, str]] = {
+    "places from the batch's begin": {_QUERY: _QUERY.replace("place", "part.rows[query] % part.length")},
+    "places by the query's number": {_QUERY: _QUERY.replace("place", "query")},
+    "listed queries not scaled": {_QUERY: _QUERY.replace(", factor", ", 1.0f")},
+    "listed queries of the first part's heads": {_QUERY: _QUERY.replace("part.head + h", "h")},
+    "keys for listed queries": {_QUERY: _QUERY.replace("(part.head", "(input.heads + part.head")},
+    "first tokens for the listed ones": {
+        "const Row row(input, part.begin + place)": "const Row row(input, part.begin + query)"
+    },
+    "listed queries backwards": {"+ query * steps": "+ (part.count - 1 - query) * steps"},
+    "rows of the next sequence": {_FIRST: f"input.rows + std::min(input.cu_rows[b + 1], {_ALL} - ({_COUNT}))"}
+    | _INSIDE,
+    "as many rows as the sequence before": {
+        _COUNT: f"std::min(b > 0 ? input.cu_rows[b] - input.cu_rows[b - 1] : 0, {_ALL} - to)"
+    }
+    | _INSIDE,
+    "written at the token": {"part.to + p": f"std::min(part.begin, {_ALL} - part.count) + p"},
+    "blocks after the first left out": {"p < part.count; p += 2 * W": "p < std::min(part.count, 2 * W); p += 2 * W"},
+    "one row of a sequence left out": {"part.count > 0": "part.count > 1"},
+}
+"""Name -> text of csrc/rotary_attention.cpp -> what takes its place. All write and read within their buffers."""
