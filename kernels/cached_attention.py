@@ -22,8 +22,8 @@ Implementations:
 
 No implementation has gradients.
 
-Shapes: B sequences, S slots, H heads, P places of a slot, K head width, L tokens of a sequence before this one, T packed
-tokens, C = 3 H K.
+Shapes: B sequences, S slots, H heads, P places of a slot, K head width, L tokens of a sequence before this one,
+T packed tokens, C = 3 H K.
 """
 
 from __future__ import annotations
@@ -104,9 +104,7 @@ def cached_attention_reference(
     return torch.cat(outputs)
 
 
-def _padded(
-    qkv_BC: torch.Tensor, cache: KeyValueCache, slots_B: torch.Tensor, lengths_B: torch.Tensor
-) -> torch.Tensor:
+def _padded(qkv_BC: torch.Tensor, cache: KeyValueCache, slots_B: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
     keys_SHPK, values_SHPK = cache
     _, H, P, K = keys_SHPK.shape
     B = qkv_BC.shape[0]

@@ -120,7 +120,8 @@ def find_failure(got_BD: torch.Tensor, written: KeyValueCache, case: Case) -> st
         half_ulp = 0 if after.dtype == torch.float64 else BF16 if after.dtype == torch.bfloat16 else e / 2
         plain = len(case.qkv.tensors()) == 1
         bound = half_ulp * np.abs(number) + (0 if plain else 4 * e * size)
-        wrong = ~((np.abs(after[here].double().numpy() - number) <= bound) | np.isnan(number) | np.isinf(number))
+        with np.errstate(invalid="ignore"):
+            wrong = np.isfinite(number) & ~(np.abs(after[here].double().numpy() - number) <= bound)
         if wrong.any():
             return f"part {part} is stored wrongly at {np.argwhere(wrong)[0].tolist()}"
     for b, (slot, length) in enumerate(zip(case.slots_B.tolist(), case.lengths_B.tolist(), strict=True)):
