@@ -58,7 +58,7 @@ CPP_MUTANTS: dict[str, dict[str, str]] = {
     },
     "sums from the sequence before": {"std::fill_n(scratch.sums.data(), K, 0.0f);": ""},
     "last steps of channels left out": {"for (; k < K; k += kStep) add_values": "for (; k < 0; k += kStep) add_values"},
-    "pairs of steps left out": {"k + 2 * kStep <= K; k += 2 * kStep": "k + 2 * kStep < K; k += 2 * kStep"},
+    "steps after a pair left out": {"k + 2 * kStep <= K; k += 2 * kStep": "k + 2 * kStep <= K; k += 3 * kStep"},
     "not divided by the total": {"return 1.0f / sum;": "return 1.0f;"},
     "short polynomial": {"exp2<5>(L::load(scores + key) - largest)": "exp2<3>(L::load(scores + key) - largest)"},
     "exponentials end at 2^-10": {"all(-100.0f)": "all(-10.0f)"},
