@@ -94,7 +94,7 @@ def measure_step(shape: str, precision: str, *, sequences: int, length: int, mix
                     f"{ALLOWED[precision]:g}"
                 )
                 raise RuntimeError(message)
-        times = {name: max(1, round(_LEAST_SECONDS / max(_seconds(step, 1), 1e-6))) for name, step in steps.items()}
+        times = {name: max(1, round(_LEAST_SECONDS / max(_seconds(step, 5), 1e-6))) for name, step in steps.items()}
         turns = [{name: _seconds(step, times[name]) for name, step in steps.items()} for _ in range(pairs)]
     seconds = spread([turn["ours"] for turn in turns]).median
     read_bytes = 2 * H * K * dtype.itemsize * (int(lengths_B.sum()) + B)

@@ -38,7 +38,7 @@ import torch
 import torch.nn.functional as F
 
 from .cpu_kernels import array, cpu_level, module, product_arrays, why_not_cpu
-from .product import Product, check_product
+from .product import Product, check_product, wants_gradients
 
 IMPLS = ("auto", "reference", "torch", "cpu")
 _HEAD_WIDTHS = 8
@@ -125,8 +125,7 @@ def _padded(qkv_BC: torch.Tensor, cache: KeyValueCache, slots_B: torch.Tensor, l
     return attended.flatten(1).to(qkv_BC.dtype)
 
 
-@torch.library.custom_op("protnest::cached_attention", mutates_args=("keys_SHPK", "values_SHPK"))
-def _cached_attention(
+def _attend_in_cpp(
     qkv: Sequence[torch.Tensor],
     keys_SHPK: torch.Tensor,
     values_SHPK: torch.Tensor,
@@ -148,6 +147,11 @@ def _cached_attention(
         array(out_BD),
     )
     return out_BD
+
+
+_cached_attention = torch.library.custom_op(
+    "protnest::cached_attention", _attend_in_cpp, mutates_args=("keys_SHPK", "values_SHPK")
+)
 
 
 @_cached_attention.register_fake
@@ -200,11 +204,12 @@ def _check_cache(qkv: Product, cache: KeyValueCache, slots_B: torch.Tensor) -> N
         raise ValueError(message)
     _, H, _, K = keys_SHPK.shape
     check_product(qkv, 3 * H * K)
-    devices = {tensor.device for tensor in (*qkv.tensors(), *cache, slots_B)}
-    if len(devices) > 1:
-        message = f"qkv, cache and slots must be on one device, got {', '.join(sorted(map(str, devices)))}"
+    device = keys_SHPK.device
+    if any(tensor.device != device for tensor in (*qkv.tensors(), values_SHPK, slots_B)):
+        devices = sorted({str(tensor.device) for tensor in (*qkv.tensors(), *cache, slots_B)})
+        message = f"qkv, cache and slots must be on one device, got {', '.join(devices)}"
         raise ValueError(message)
-    if torch.is_grad_enabled() and (qkv.requires_grad() or any(part.requires_grad for part in cache)):
+    if wants_gradients(*qkv.tensors(), *cache):
         message = "gradients are asked for, and a cache has none: run under torch.inference_mode()"
         raise RuntimeError(message)
 
@@ -262,7 +267,10 @@ def cached_attention(
         raise ValueError(message)
     chosen = _choose(qkv, cache, impl)
     if chosen == "cpu":  # which checks slots and lengths itself
-        out_BD: torch.Tensor = _cached_attention(qkv.tensors(), *cache, slots_B, lengths_B, cpu_level())
+        # Through the dispatcher the call of a short sequence takes twice as long: only who traces needs it.
+        is_traced = torch.compiler.is_compiling() or type(cache.keys_SHPK) is not torch.Tensor
+        attend_it = _cached_attention if is_traced else _attend_in_cpp
+        out_BD: torch.Tensor = attend_it(qkv.tensors(), *cache, slots_B, lengths_B, cpu_level())
         return out_BD
     if slots_B.device.type == "cpu":
         check_slots(slots_B.tolist(), lengths_B.tolist(), cache)
