@@ -29,6 +29,7 @@ from protnest.kernels.cpu_kernels import LEVELS, array, cpu_level, product_array
 from protnest.kernels.extension import load, missing_reason
 from protnest.kernels.product import Product, Scales
 from protnest.kernels.varlen_attention import varlen_attention
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from support.attention_cases import guarded, guarded_product
 from support.cached_cases import HEADS, LENGTHS, OF_SLOTS, Case, find_failure, make_case
@@ -590,6 +591,17 @@ def test_on_a_gpu_nothing_waits_for_the_host() -> None:
     cache_prompts(numbers, cache, slots_B[:2], torch.empty(3, dtype=torch.int32, device="meta"), [1, 2])
     with pytest.raises(RuntimeError, match="meta"):
         cached_attention(numbers, cache, slots_B, slots_B, impl="reference")
+
+
+@needs_extension
+def test_who_traces_meets_the_operator() -> None:
+    """C++ cannot read tensors without numbers; the operator says what shape comes out."""
+    given = _given(left="integers")
+    with FakeTensorMode() as mode:
+        fake: Any = mode.from_tensor
+        qkv, cache = Product.of([*map(fake, given["qkv"].tensors())]), KeyValueCache(*map(fake, given["cache"]))
+        out_BD = cached_attention(qkv, cache, fake(given["slots_B"]), fake(given["lengths_B"]), impl="cpu")
+    assert (out_BD.shape, out_BD.dtype) == ((3, 32), torch.float32)
 
 
 @needs_extension
