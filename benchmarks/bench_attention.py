@@ -1,10 +1,13 @@
 """Attention on a CPU by itself: ours with the rotary turn fused in, beside torch's rotary and SDPA by sequence.
 
     python benchmarks/bench_attention.py --head-widths 16,24,32,64 --pairs 15
+    python benchmarks/bench_attention.py --cached --sequences 1,64 --lengths 64,200,512 --threads 1
 
 Both are given the same queries, keys and values of proteins with UniProt's lengths, packed, as a layer's product leaves
 them. They are compared before anything is timed; a difference ends the run with exit code 1. Pairs take turns and are
 measured in CPU time of the process, which other processes lengthen less than they do the clock on the wall.
+
+With `--cached`, attention of a decoder's step instead, see `cached_step`.
 
 Shapes: T tokens, H heads, K head width.
 """
@@ -17,6 +20,7 @@ from typing import Annotated
 
 import torch
 import typer
+from protnest.benchmarks import cached_step
 from protnest.benchmarks.ceiling import product_gflops
 from protnest.benchmarks.course import Spread, spread
 from protnest.benchmarks.lists import split_numbers, split_words
@@ -95,13 +99,31 @@ def _named(name: str, values: Spread) -> Row:
     return {f"{name}_median": values.median, f"{name}_min": values.low, f"{name}_max": values.high}
 
 
+def _measure_steps(
+    shapes: str, precisions: list[str], sequences: str, lengths: str, pairs: int, seed: int
+) -> list[Row]:
+    wanted = split_words(shapes, list(cached_step.SHAPES), "--shapes")
+    return [
+        cached_step.measure_step(shape, precision, sequences=B, length=length, mixed=mixed, pairs=pairs, seed=seed)
+        for B in split_numbers(sequences, "--sequences")
+        for length in split_numbers(lengths, "--lengths")
+        for shape in wanted
+        for precision in precisions
+        for mixed in ((False, True) if B > 1 and length > 1 else (False,))
+    ]
+
+
 def attention(
     head_widths: Annotated[str, typer.Option(help="With commas between.")] = "16,24,32,64",
-    precisions: Annotated[str, typer.Option(help="fp32, bf16.")] = "fp32,bf16",
+    precisions: Annotated[str, typer.Option(help="fp32, bf16; with --cached the cache's.")] = "fp32,bf16",
     tokens: Annotated[int, typer.Option(help="Of a batch, at least.", min=16)] = 4096,
     pairs: Annotated[int, typer.Option(help="Turns of torch with ours.", min=2)] = 15,
     threads: Annotated[int | None, typer.Option(help="Torch's own choice by default.", min=1)] = None,
     seed: Annotated[int, typer.Option(help="Of proteins and numbers.")] = 0,
+    cached: Annotated[bool, typer.Option("--cached", help="Attention of a decoder's step instead.")] = False,
+    shapes: Annotated[str, typer.Option(help="With --cached: heads x head width.")] = ",".join(cached_step.SHAPES),
+    sequences: Annotated[str, typer.Option(help="With --cached: of a step.")] = "1,64",
+    lengths: Annotated[str, typer.Option(help="With --cached: tokens of a sequence.")] = "64,200,512",
     out: Annotated[Path, typer.Option(help="JSON lines; rows are appended.")] = RESULTS,
 ) -> None:
     """Measure attention of this CPU beside torch's, in interleaved pairs."""
@@ -113,12 +135,19 @@ def attention(
     facts = machine_facts(_CPU)
     rows: list[Row] = []
     try:
-        for K in widths:
-            rows += [facts | measure(K, name, tokens=tokens, pairs=pairs, seed=seed) for name in wanted]
+        if cached:
+            rows = [facts | row for row in _measure_steps(shapes, wanted, sequences, lengths, pairs, seed)]
+        else:
+            for K in widths:
+                rows += [facts | measure(K, name, tokens=tokens, pairs=pairs, seed=seed) for name in wanted]
     except (RuntimeError, ValueError) as error:
         console.print(f"[red]{error}[/red]", highlight=False)
         raise typer.Exit(1) from error
     append_rows(out, rows)
+    Console(width=120).print(_steps_table(rows) if cached else _packed_table(rows))
+
+
+def _packed_table(rows: list[Row]) -> Table:
     table = Table(title="attention with the rotary turn, CPU time")
     for column in ("K", "precision", "ours ms", "GFLOP/s", "of fp32 products", "ours is faster by"):
         table.add_column(column, justify="right")
@@ -132,7 +161,38 @@ def attention(
             f"{100 * row['gflops'] / row['fp32_gemm_gflops']:.0f} %",
             f"{row['ours_times_faster_median']:.2f} ({low:.2f} to {high:.2f})",
         )
-    Console(width=120).print(table)
+    return table
+
+
+def _steps_table(rows: list[Row]) -> Table:
+    table = Table(title="attention of a step over cached keys and values, CPU time")
+    for column in (
+        "B",
+        "tokens",
+        "H x K",
+        "cache",
+        "ours us",
+        "GB/s read",
+        "of copy",
+        "padded SDPA /",
+        "SDPA by one /",
+    ):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(
+            str(row["sequences"]),
+            f"{row['length']}{' mixed' if row['mixed'] else ''}",
+            row["shape"],
+            row["precision"],
+            f"{row['cpu_us_median']:.0f}",
+            f"{row['read_gbytes_per_s']:.1f}",
+            f"{100 * row['read_gbytes_per_s'] / row['copy_gbytes_per_s']:.0f} %",
+            *(
+                f"{row[f'times_{name}_median']:.2f} ({row[f'times_{name}_min']:.2f} to {row[f'times_{name}_max']:.2f})"
+                for name in ("padded", "each")
+            ),
+        )
+    return table
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <string>
 #include <string_view>
 #include <vector>
 
@@ -10,6 +11,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "cached_attention.hpp"
 #include "kd_loss.hpp"
 #include "level.hpp"
 #include "plan_batches.hpp"
@@ -309,6 +311,42 @@ void rotary_attention(const py::tuple& qkv, const Floats& cos, const Floats& sin
     protnest::rotary_attention(input, chosen, factors, threads, to);
 }
 
+// Writes into the cache and into out. Slots and lengths are checked here, where reading them costs least.
+void cached_attention(const py::tuple& qkv, py::array& keys, py::array& values, const Integers& slots,
+                      const Integers& lengths, const std::string& level, int threads, py::array& out) {
+    if (keys.ndim() != 4) throw py::value_error("keys must have four dimensions");
+    const py::ssize_t S = keys.shape(0), H = keys.shape(1), P = keys.shape(2), K = keys.shape(3), B = slots.size();
+    if (H < 1 || K < 1 || K % protnest::kHeadWidths != 0) {
+        throw py::value_error("heads must be some, and as wide as a multiple of 8");
+    }
+    const bool narrow = keys.itemsize() == 2;
+    expect_block(keys, keys.size(), narrow ? 2 : 4), expect_block(values, keys.size(), narrow ? 2 : 4);
+    expect_block(slots, B, sizeof(std::int64_t)), expect_block(lengths, B, sizeof(std::int64_t));
+    const protnest::Product product = product_of(qkv, B, 3 * H * K);
+    if (product.left == protnest::Left::bf16 && product.bias_C) throw py::value_error("bf16 has its bias already");
+    expect_block(out, B * H * K, product.left == protnest::Left::bf16 ? 2 : 4);
+    std::vector<py::ssize_t> owners(S, -1);
+    for (py::ssize_t b = 0; b < B; ++b) {
+        const std::int64_t slot = slots.data()[b], length = lengths.data()[b];
+        if (slot < 0 || slot >= S || length < 0 || length >= P) {
+            throw py::value_error("sequence " + std::to_string(b) + ": place " + std::to_string(length) + " of slot " +
+                                  std::to_string(slot) + ", but there are " + std::to_string(P) + " places of " +
+                                  std::to_string(S) + " slots");
+        }
+        if (owners[slot] >= 0) {
+            throw py::value_error("sequences " + std::to_string(owners[slot]) + " and " + std::to_string(b) +
+                                  " share slot " + std::to_string(slot));
+        }
+        owners[slot] = b;
+    }
+    const protnest::CacheInput input{product, narrow ? protnest::Stored::bf16 : protnest::Stored::fp32,
+                                     keys.mutable_data(), values.mutable_data(), slots.data(), lengths.data(), B, H, K, P};
+    const protnest::Level chosen = protnest::level_named(level);
+    void* to = out.mutable_data();
+    const py::gil_scoped_release release;
+    protnest::cached_attention(input, chosen, threads, to);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -320,6 +358,9 @@ PYBIND11_MODULE(_C, module) {
                py::arg("sin").noconvert(), py::arg("cu_seqlens").noconvert(), py::arg("heads"), py::arg("level"),
                py::arg("pairs"), py::arg("threads"), py::arg("out").noconvert(), py::arg("rows") = py::none(),
                py::arg("cu_rows") = py::none());
+    module.def("cached_attention", &cached_attention, py::arg("qkv").noconvert(), py::arg("keys").noconvert(),
+               py::arg("values").noconvert(), py::arg("slots").noconvert(), py::arg("lengths").noconvert(),
+               py::arg("level"), py::arg("threads"), py::arg("out").noconvert());
     module.def("add_norm", &add_norm, py::arg("x").noconvert(), py::arg("product"), py::arg("weight"), py::arg("bias"),
                py::arg("eps"), py::arg("target"), py::arg("level"), py::arg("threads"));
     module.def("bias_gelu", &bias_gelu, py::arg("rows"), py::arg("columns"), py::arg("product"), py::arg("times"),

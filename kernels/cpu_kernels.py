@@ -62,7 +62,7 @@ def why_not_cpu(product: Product) -> str | None:
 
 def array(tensor: torch.Tensor) -> Any:
     """A tensor as NumPy's array, contiguous; bf16, which NumPy lacks, as 16-bit integers."""
-    plain = tensor.detach().contiguous()
+    plain = (tensor.detach() if tensor.requires_grad else tensor).contiguous()
     return (plain.view(torch.int16) if plain.dtype == torch.bfloat16 else plain).numpy()
 
 

@@ -10,7 +10,7 @@ Implementations:
                today, and the way for fp32 on a GPU. Its overhead is some 20 us per sequence. bf16 on a CPU without bf16
                units is widened to fp32 first (see `linear`).
     varlen     torch.nn.attention.varlen, one launch for the whole batch. CUDA, fp16, bf16, compute capability >= 8.0.
-               Causal is a window of any size to the left and none to the right: torch 2.11 to 2.13 have no other name.
+               Causal is its window (-1, 0): all to the left and none to the right. It has no other switch since 2.11.
 
 Shapes: T tokens, B sequences, H heads, K head width.
 """
@@ -80,8 +80,10 @@ def _varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     longest = max(lengths_B, default=0)
-    window = (-1, 0) if causal else (-1, -1)
-    out = varlen_attn(q_THK, k_THK, v_THK, cu_seqlens, cu_seqlens, longest, longest, window_size=window)
+    if causal:
+        out = varlen_attn(q_THK, k_THK, v_THK, cu_seqlens, cu_seqlens, longest, longest, window_size=(-1, 0))
+    else:
+        out = varlen_attn(q_THK, k_THK, v_THK, cu_seqlens, cu_seqlens, longest, longest)
     assert isinstance(out, torch.Tensor)  # a tuple only where more than the output is asked for
     return out
 

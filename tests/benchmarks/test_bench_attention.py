@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import typer
-from protnest.benchmarks import bench_attention
+from protnest.benchmarks import bench_attention, cached_step
 from protnest.benchmarks.bench_attention import attention, measure
 from protnest.kernels.extension import missing_reason
 from typer.testing import CliRunner
@@ -59,6 +59,44 @@ def test_a_difference_ends_the_run(run: Any, monkeypatch: pytest.MonkeyPatch) ->
     assert "K = 16, fp32: off by 0.001 of the norm, allowed is 1e-05" in output
     with pytest.raises(RuntimeError, match="off by"):
         measure(16, "fp32", tokens=60, pairs=2)
+
+
+STEP = ("--cached", "--shapes", "4x64", "--lengths", "1,9", "--pairs", "2")
+
+
+def test_rows_of_steps(run: Any) -> None:
+    code, output, rows = run(*STEP, "--sequences", "1,5")
+    assert code == 0, output
+    assert [(row["sequences"], row["length"], row["precision"], row["mixed"]) for row in rows] == [
+        *((1, length, name, False) for length in (1, 9) for name in ("fp32", "bf16")),
+        *((5, 1, name, False) for name in ("fp32", "bf16")),
+        *((5, 9, name, mixed) for name in ("fp32", "bf16") for mixed in (False, True)),
+    ]
+    for row in rows:
+        assert row["suite"] == "cached attention"
+        assert (row["heads"], row["head_width"]) == (4, 64)
+        read_tokens = row["sequences"] * row["length"]
+        if row["mixed"]:  # of 4 to 13, in steps of 9 / 4, cut off
+            read_tokens = 4 + 6 + 9 + 11 + 13
+        assert row["read_bytes"] == 2 * 256 * (4 if row["precision"] == "fp32" else 2) * read_tokens
+        for name in ("padded", "each"):
+            low, median, high = (row[f"times_{name}_{which}"] for which in ("min", "median", "max"))
+            assert 0 < low <= median <= high
+
+
+def test_a_difference_of_a_step_ends_the_run(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    true = cached_step.cached_attention
+    monkeypatch.setattr(cached_step, "cached_attention", lambda *given, impl: 1.001 * true(*given, impl=impl))
+    code, output, rows = run(*STEP, "--precisions", "fp32")
+    assert (code, rows) == (1, [])
+    assert "4x64, fp32, 1 x 1: off padded by 0.001 of the norm, allowed is 1e-05" in output
+
+
+@pytest.mark.parametrize(
+    "options", [("--shapes", "4x65"), ("--sequences", "0"), ("--lengths", "few"), ("--precisions", "int8")]
+)
+def test_steps_that_cannot_be_measured(run: Any, options: tuple[str, str]) -> None:
+    assert run(*STEP, *options)[0] == 2
 
 
 @pytest.mark.parametrize(

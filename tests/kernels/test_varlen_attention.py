@@ -6,6 +6,7 @@ Shapes: T tokens, B sequences, L tokens of one, H heads, K head width.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import itertools
 import logging
 import re
@@ -19,7 +20,7 @@ import torch
 from protnest.kernels import varlen_attention as module  # the file: the package exports no function of this name
 from protnest.kernels.varlen_attention import varlen_attention, varlen_attention_reference
 
-from support.mutants import ATTENTION_MUTANTS
+from support.mutants import ATTENTION_MUTANTS, CAUSAL_ATTENTION_MUTANTS
 
 Attended = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -30,6 +31,7 @@ on_gpu = pytest.param(
 )
 each_impl = pytest.mark.parametrize("impl", ["reference", "sdpa", on_gpu])
 each_cpu_impl = pytest.mark.parametrize("impl", ["reference", "sdpa"])
+each_direction = pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
 
 
 def _cu_seqlens(lengths_B: Sequence[int]) -> torch.Tensor:
@@ -52,13 +54,14 @@ def _hostile(T: int, H: int, K: int, dtype: torch.dtype = torch.float32, *, seed
     return q_THK, k_THK, v_THK
 
 
-def _run(impl: str, qkv: Attended, lengths_B: Sequence[int]) -> torch.Tensor:
+def _run(impl: str, qkv: Attended, lengths_B: Sequence[int], causal: bool = False) -> torch.Tensor:
     device = "cuda" if impl == "varlen" else "cpu"
     q_THK, k_THK, v_THK = (x.to(device) for x in qkv)
-    return varlen_attention(q_THK, k_THK, v_THK, _cu_seqlens(lengths_B).to(device), lengths_B, impl=impl).cpu()
+    cu_seqlens = _cu_seqlens(lengths_B).to(device)
+    return varlen_attention(q_THK, k_THK, v_THK, cu_seqlens, lengths_B, causal=causal, impl=impl).cpu()
 
 
-def _failure(got: torch.Tensor, qkv: Attended, lengths_B: Sequence[int]) -> str | None:
+def _failure(got: torch.Tensor, qkv: Attended, lengths_B: Sequence[int], causal: bool = False) -> str | None:
     """The worst element, if one lies further from gold than `4 eps (1 + S) sum_u p_u |v_u|`.
 
     S is the largest `scale * sum |q||k|` of the row: a score is off by eps S and moves its weight by as much, and the
@@ -71,6 +74,8 @@ def _failure(got: torch.Tensor, qkv: Attended, lengths_B: Sequence[int]) -> str 
         own = np.s_[:, begin:end]
         scores_HLL = q[own] @ k[own].transpose(0, 2, 1) / np.sqrt(q.shape[-1])
         sizes_HL = (np.abs(q[own]) @ np.abs(k[own]).transpose(0, 2, 1) / np.sqrt(q.shape[-1])).max(-1, initial=0)
+        if causal:
+            scores_HLL[:, ~np.tri(end - begin, dtype=bool)] = -np.inf
         weights_HLL = np.exp(scores_HLL - scores_HLL.max(-1, keepdims=True, initial=-np.inf))
         weights_HLL /= weights_HLL.sum(-1, keepdims=True)
         gold = (weights_HLL @ v[own]).transpose(1, 0, 2)
@@ -84,26 +89,31 @@ def _failure(got: torch.Tensor, qkv: Attended, lengths_B: Sequence[int]) -> str 
 
 
 @each_impl
+@each_direction
 @pytest.mark.parametrize("K", HEAD_WIDTHS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_varlen_attention(impl: str, K: int, dtype: torch.dtype) -> None:
+def test_varlen_attention(impl: str, K: int, dtype: torch.dtype, causal: bool) -> None:
     if impl == "varlen" and (dtype.itemsize != 2 or K % 8):
         pytest.skip("varlen takes fp16 and bf16 in head widths that are multiples of 8")
     lengths_B = [1, 2, 130, 1, 37]
     qkv = _hostile(sum(lengths_B), 3, K, dtype)
-    assert _failure(_run(impl, qkv, lengths_B), qkv, lengths_B) is None
+    assert _failure(_run(impl, qkv, lengths_B, causal), qkv, lengths_B, causal) is None
 
 
 @pytest.mark.parametrize("multiplies_bf16", [True, False])
+@each_direction
 @pytest.mark.parametrize("K", HEAD_WIDTHS)
-def test_bf16_with_and_without_units(monkeypatch: pytest.MonkeyPatch, K: int, multiplies_bf16: bool) -> None:
+def test_bf16_with_and_without_units(
+    monkeypatch: pytest.MonkeyPatch, K: int, multiplies_bf16: bool, causal: bool
+) -> None:
     monkeypatch.setattr("protnest.kernels.linear.multiplies_bf16", lambda device: multiplies_bf16)
     lengths_B = [1, 2, 130, 37]
     qkv = _hostile(sum(lengths_B), 3, K, torch.bfloat16)
-    assert _failure(_run("sdpa", qkv, lengths_B), qkv, lengths_B) is None
+    assert _failure(_run("sdpa", qkv, lengths_B, causal), qkv, lengths_B, causal) is None
 
 
 @each_cpu_impl
+@each_direction
 @pytest.mark.parametrize(
     "lengths_B",
     [
@@ -115,9 +125,9 @@ def test_bf16_with_and_without_units(monkeypatch: pytest.MonkeyPatch, K: int, mu
         pytest.param([0], id="an empty one"),
     ],
 )
-def test_lengths(impl: str, lengths_B: list[int]) -> None:
+def test_lengths(impl: str, lengths_B: list[int], causal: bool) -> None:
     qkv = _hostile(sum(lengths_B), 2, 16)
-    assert _failure(_run(impl, qkv, lengths_B), qkv, lengths_B) is None
+    assert _failure(_run(impl, qkv, lengths_B, causal), qkv, lengths_B, causal) is None
 
 
 @pytest.mark.parametrize("name", ATTENTION_MUTANTS)
@@ -129,15 +139,38 @@ def test_bound_kills_mutant(name: str) -> None:
     assert _failure(ATTENTION_MUTANTS[name](*qkv, cu_seqlens, lengths_B), qkv, lengths_B) is not None
 
 
+@pytest.mark.parametrize("name", CAUSAL_ATTENTION_MUTANTS)
+def test_causal_bound_kills_mutant(name: str) -> None:
+    lengths_B = [12, 1, 30, 1, 5]
+    qkv = _hostile(sum(lengths_B), 3, 24)
+    cu_seqlens = _cu_seqlens(lengths_B)
+    assert _failure(varlen_attention_reference(*qkv, cu_seqlens, lengths_B, True), qkv, lengths_B, True) is None
+    assert _failure(CAUSAL_ATTENTION_MUTANTS[name](*qkv, cu_seqlens, lengths_B), qkv, lengths_B, True) is not None
+
+
 @each_cpu_impl
-def test_neighbours_do_not_leak(impl: str) -> None:
+def test_what_comes_later_changes_no_bit(impl: str) -> None:
+    lengths_B = [20, 30]
+    qkv = _hostile(50, 2, 16)
+    before = _run(impl, qkv, lengths_B, True)
+    changed = tuple(x.clone() for x in qkv)
+    for x in changed:
+        x[31:] = 3 - x[31:]
+    after = _run(impl, (changed[0], changed[1], changed[2]), lengths_B, True)
+    assert torch.equal(after[:31], before[:31])
+    assert (after[31:] != before[31:]).any(-1).all()
+
+
+@each_cpu_impl
+@each_direction
+def test_neighbours_do_not_leak(impl: str, causal: bool) -> None:
     lengths_B = [20, 30, 10]
     qkv = _hostile(60, 2, 16)
-    before = _run(impl, qkv, lengths_B)
+    before = _run(impl, qkv, lengths_B, causal)
     poisoned = tuple(x.clone() for x in qkv)
     for x in poisoned:
         x[20:50] = torch.nan
-    after = _run(impl, (poisoned[0], poisoned[1], poisoned[2]), lengths_B)
+    after = _run(impl, (poisoned[0], poisoned[1], poisoned[2]), lengths_B, causal)
     assert torch.equal(after[:20], before[:20])
     assert torch.equal(after[50:], before[50:])
     assert after[20:50].isnan().all()
@@ -153,22 +186,25 @@ def test_leaves_its_inputs_alone(impl: str) -> None:
 
 
 @each_cpu_impl
+@each_direction
 @pytest.mark.parametrize("lengths_B", [[1, 3, 2], [4], [1]])
-def test_gradients(impl: str, lengths_B: list[int]) -> None:
+def test_gradients(impl: str, lengths_B: list[int], causal: bool) -> None:
     qkv = [x.clone().requires_grad_() for x in _hostile(sum(lengths_B), 2, 4, torch.float64)]
     cu_seqlens = _cu_seqlens(lengths_B)
     check: Any = torch.autograd.gradcheck
-    assert check(lambda q, k, v: varlen_attention(q, k, v, cu_seqlens, lengths_B, impl=impl), qkv)
+    assert check(lambda q, k, v: varlen_attention(q, k, v, cu_seqlens, lengths_B, causal=causal, impl=impl), qkv)
 
 
+@each_direction
 @pytest.mark.parametrize("K", HEAD_WIDTHS)
-def test_fp32_gradients_of_sdpa(K: int) -> None:
+def test_fp32_gradients_of_sdpa(K: int, causal: bool) -> None:
     lengths_B = [1, 30, 17]
 
     def gradients(impl: str, dtype: torch.dtype) -> list[torch.Tensor]:
         qkv = [x.to(dtype).clone().requires_grad_() for x in _hostile(48, 3, K)]
         upstream_THK = _hostile(48, 3, K, seed=1)[0].to(dtype)
-        out_THK = varlen_attention(qkv[0], qkv[1], qkv[2], _cu_seqlens(lengths_B), lengths_B, impl=impl)
+        cu_seqlens = _cu_seqlens(lengths_B)
+        out_THK = varlen_attention(qkv[0], qkv[1], qkv[2], cu_seqlens, lengths_B, causal=causal, impl=impl)
         torch.autograd.backward(out_THK, upstream_THK)
         return [x.grad for x in qkv if x.grad is not None]
 
@@ -198,13 +234,17 @@ def test_auto_runs_sdpa_on_a_cpu_and_says_why_once(
     assert caplog.messages == ["varlen_attention runs sdpa: tensors are on cpu"]
 
 
-def test_auto_runs_varlen_where_it_can(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+@each_direction
+def test_auto_runs_varlen_where_it_can(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, causal: bool
+) -> None:
     """The launch itself needs a GPU; a stand-in for torch's function shows what it would be given."""
     varlen = pytest.importorskip("torch.nn.attention.varlen")
-    calls: list[tuple[Any, ...]] = []
+    signature = inspect.signature(varlen.varlen_attn)
+    calls: list[inspect.BoundArguments] = []
 
-    def stand_in(*given: Any) -> torch.Tensor:
-        calls.append(given)
+    def stand_in(*given: Any, **named: Any) -> torch.Tensor:
+        calls.append(signature.bind(*given, **named))
         return torch.zeros_like(given[0])
 
     monkeypatch.setattr(varlen, "varlen_attn", stand_in)
@@ -213,8 +253,10 @@ def test_auto_runs_varlen_where_it_can(monkeypatch: pytest.MonkeyPatch, caplog: 
     caplog.set_level(logging.INFO, logger="protnest.kernels.varlen_attention")
     q_THK, k_THK, v_THK = _hostile(6, 2, 16)
     cu_seqlens = _cu_seqlens([2, 4])
-    varlen_attention(q_THK, k_THK, v_THK, cu_seqlens, [2, 4])
-    ((*tensors, longest_q, longest_k),) = calls
+    varlen_attention(q_THK, k_THK, v_THK, cu_seqlens, [2, 4], causal=causal)
+    (call,) = calls
+    *tensors, longest_q, longest_k = call.args
+    assert call.kwargs == ({"window_size": (-1, 0)} if causal else {})
     for got, given in zip(tensors, (q_THK, k_THK, v_THK, cu_seqlens, cu_seqlens), strict=True):
         assert got is given
     assert (longest_q, longest_k) == (4, 4)

@@ -127,7 +127,7 @@ def make_case(
     return Case(guarded_product(product), table, tuple(lengths_B), heads)
 
 
-def _numbers(case: Case) -> tuple[Array, Array]:
+def find_numbers(case: Case) -> tuple[Array, Array]:
     """The numbers that qkv stands for, and the sizes of what they are added up from, (T, 3, H, K)."""
     values, *rest = (part.double().numpy() for part in case.qkv.tensors())
     terms = [values]
@@ -142,7 +142,7 @@ def _numbers(case: Case) -> tuple[Array, Array]:
 
 
 def _find_gold(case: Case) -> Gold:
-    values, sizes = _numbers(case)
+    values, sizes = find_numbers(case)
     rows: list[list[Array]] = []
     with np.errstate(invalid="ignore"):  # of cases with infinities
         for begin, end in itertools.pairwise(case.cu_seqlens.tolist()):

@@ -266,3 +266,52 @@ ATTENTION_MUTANTS: dict[str, Callable[..., torch.Tensor]] = {
     "output 0.1 % short": lambda q, k, v, cu, lengths: varlen_attention_reference(q, k, 0.999 * v, cu, lengths),
 }
 """Name of the mistake -> a function like `varlen_attention_reference` that makes it."""
+
+
+def _causal_by_rows(
+    later: Callable[[int], torch.Tensor], *, shortest: int = 0, fill: float = -math.inf
+) -> Callable[..., torch.Tensor]:
+    """Causal attention that leaves out `later(L)` (L, L) of sequences of at least `shortest` tokens."""
+
+    def broken(
+        q_THK: torch.Tensor,
+        k_THK: torch.Tensor,
+        v_THK: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        lengths_B: Sequence[int],
+    ) -> torch.Tensor:
+        outputs = []
+        for q_LHK, k_LHK, v_LHK in zip(*(torch.split(x, list(lengths_B)) for x in (q_THK, k_THK, v_THK)), strict=True):
+            scores_HLL = torch.einsum("qhk,lhk->hql", q_LHK, k_LHK) / math.sqrt(q_LHK.shape[-1])
+            if len(q_LHK) >= shortest:
+                scores_HLL = scores_HLL.masked_fill(later(len(q_LHK)), fill)
+            outputs.append(torch.einsum("hql,lhk->qhk", scores_HLL.softmax(dim=-1), v_LHK))
+        return torch.cat(outputs)
+
+    return broken
+
+
+def _later(diagonal: int) -> Callable[[int], torch.Tensor]:
+    return lambda L: torch.ones((L, L), dtype=torch.bool).triu(diagonal)
+
+
+def _causal_across_sequences(
+    q_THK: torch.Tensor, k_THK: torch.Tensor, v_THK: torch.Tensor, cu_seqlens: torch.Tensor, lengths_B: Sequence[int]
+) -> torch.Tensor:
+    return _causal(q_THK, k_THK, v_THK, cu_seqlens, [sum(lengths_B)])
+
+
+CAUSAL_ATTENTION_MUTANTS: dict[str, Callable[..., torch.Tensor]] = {
+    "not causal": varlen_attention_reference,
+    "one token ahead": _causal_by_rows(_later(2)),
+    "not itself": _causal_by_rows(_later(0)),
+    "not itself, but where it is alone": _causal_by_rows(lambda L: _later(0)(L) & (torch.arange(L) > 0)[:, None]),
+    "the other way": _causal_by_rows(lambda L: _later(1)(L).T),
+    "long sequences only": _causal_by_rows(_later(1), shortest=6),
+    "score 0 for what comes later": _causal_by_rows(_later(1), fill=0.0),
+    "a window of eight": _causal_by_rows(lambda L: _later(1)(L) | _later(8)(L).T),
+    "across sequences": _causal_across_sequences,
+    "keys and queries exchanged": lambda q, k, v, cu, lengths: varlen_attention_reference(k, q, v, cu, lengths, True),
+    "output 0.1 % short": lambda q, k, v, cu, lengths: varlen_attention_reference(q, k, 0.999 * v, cu, lengths, True),
+}
+"""Name of the mistake -> a function like causal `varlen_attention_reference` that makes it."""
