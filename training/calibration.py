@@ -87,12 +87,12 @@ def calibration(scores: TokenScores, *, bins: int = BINS, samples: int = 1000, s
         samples, seed: of the bootstrap over sequences.
     """
     tokens_B = scores.tokens_B
-    drawn = {"samples": samples, "seed": seed}
+    confidence_N = scores.confidence_N
     return Calibration(
         accuracy=ratio(scores.sums_B(scores.correct_N), tokens_B, samples=samples, seed=seed),
-        confidence=ratio(scores.sums_B(scores.confidence_N), tokens_B, samples=samples, seed=seed),
-        equal_width=_binned(scores, np.linspace(0.0, 1.0, bins + 1), **drawn),
-        equal_mass=_binned(scores, _equal_mass_edges(scores.confidence_N, bins), **drawn),
+        confidence=ratio(scores.sums_B(confidence_N), tokens_B, samples=samples, seed=seed),
+        equal_width=_binned(scores, np.linspace(0.0, 1.0, bins + 1), samples=samples, seed=seed),
+        equal_mass=_binned(scores, _equal_mass_edges(confidence_N, bins), samples=samples, seed=seed),
     )
 
 
@@ -150,9 +150,9 @@ def _errors(count_K: Floats, confidence_K: Floats, correct_K: Floats) -> tuple[f
 def _by_chance(confidence_N: Floats, bin_N: npt.NDArray[np.int64], K: int, *, seed: int) -> float:
     """Mean ECE over draws in which each guess is right with the probability that it was given."""
     rng = np.random.default_rng((seed, 1))
-    confidence_K = np.bincount(bin_N, weights=confidence_N, minlength=K)
+    confidence_K = np.bincount(bin_N, weights=confidence_N, minlength=K).astype(np.float64)
     # A bin's right guesses are a sum of many coins: normal, with the coins' mean and variance, which costs N once.
     std_K = np.sqrt(np.bincount(bin_N, weights=confidence_N * (1 - confidence_N), minlength=K))
-    count_K = np.bincount(bin_N, minlength=K)
+    count_K = np.bincount(bin_N, minlength=K).astype(np.float64)
     correct_SK = confidence_K + std_K * rng.standard_normal((_CHANCE_SAMPLES, K))
     return float(np.mean([_errors(count_K, confidence_K, np.clip(each, 0, count_K))[0] for each in correct_SK]))

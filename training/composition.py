@@ -29,7 +29,8 @@ class Composition:
     """Amino acids of a set of sequences beside a reference's.
 
     Attributes:
-        kl: KL(set || reference) in nats, over the 20 alone, each count plus one; interval over both sets' sequences.
+        kl: KL(set || reference) in nats, over the 20 alone, each count plus one; interval over both sets' sequences,
+            n the smaller set's.
         by_chance: the 95 % quantile of what two sets of these sizes have that are dealt from one heap.
         generated, reference: share of each amino acid, by letter.
         other_residues: how many residues of the set are none of the 20; they are counted nowhere else.

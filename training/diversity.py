@@ -37,9 +37,7 @@ class Diversity:
     duplicates: int
 
 
-def diversity(
-    generated: Sequence[str], *, pairs: int = PAIRS, samples: int = 1000, seed: int = 0
-) -> Diversity:
+def diversity(generated: Sequence[str], *, pairs: int = PAIRS, samples: int = 1000, seed: int = 0) -> Diversity:
     """Aligns pairs of designs with each other, all of them or so many drawn at random.
 
     Raises:
@@ -69,9 +67,7 @@ def _weighted(values_P: npt.NDArray[np.float64], weight_P: npt.NDArray[np.int64]
     return float(values_P @ weight_P) / total if total else float("nan")
 
 
-def draw_pairs(
-    count: int, most: int, *, seed: int = 0
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def draw_pairs(count: int, most: int, *, seed: int = 0) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Different pairs i < j of `count` things, all of them or `most` at random: two int64 arrays (P,)."""
     total = count * (count - 1) // 2
     if total <= most:

@@ -106,7 +106,8 @@ def build_profile(path: Path) -> Any:
     amino = Alphabet.amino()
     try:
         with xopen(path, "rb", threads=0) as stream:
-            alignment = MSAFile(stream, format=kind, digital=True, alphabet=amino).read()
+            given: Any = stream  # pyhmmer's types ask for more of a stream than it reads
+            alignment = MSAFile(given, format=kind, digital=True, alphabet=amino).read()
     except (ValueError, EOFError, OSError, UnicodeDecodeError) as error:
         message = f"is no alignment in the format {kind}: {error}"
         raise InputError(message, file=path) from error

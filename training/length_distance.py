@@ -25,7 +25,7 @@ class LengthDistance:
     """Lengths of a set of sequences beside a reference's.
 
     Attributes:
-        wasserstein: in residues; interval over both sets' sequences.
+        wasserstein: in residues; interval over both sets' sequences, n the smaller set's.
         by_chance: the 95 % quantile of what two sets of these sizes have that are dealt from one heap.
         generated, reference: mean lengths, in residues.
     """
@@ -54,7 +54,9 @@ def length_distance(
     """Holds one set's lengths against another's; arguments as `composition.composition`."""
     ours, theirs = (np.array([len(each) for each in some], dtype=np.int64) for some in (generated, reference))
     drawn = zip(
-        repeats(len(ours), samples=samples, seed=seed), repeats(len(theirs), samples=samples, seed=seed + 1), strict=True
+        repeats(len(ours), samples=samples, seed=seed),
+        repeats(len(theirs), samples=samples, seed=seed + 1),
+        strict=True,
     )
     values_S = [wasserstein(np.repeat(ours, one), np.repeat(theirs, other)) for one, other in drawn]
     heap, rng = np.concatenate((ours, theirs)), np.random.default_rng((seed, 2))

@@ -93,4 +93,6 @@ def letter_perplexity(
     """
     counts_A = (letters_BA.sum(axis=0) if known_A is None else known_A) + 1
     surprise_A = -np.log(counts_A / counts_A.sum())
-    return ratio(letters_BA @ surprise_A, letters_BA.sum(axis=1).astype(np.float64), after=exp, samples=samples, seed=seed)
+    return ratio(
+        letters_BA @ surprise_A, letters_BA.sum(axis=1).astype(np.float64), after=exp, samples=samples, seed=seed
+    )

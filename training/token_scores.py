@@ -49,7 +49,7 @@ class TokenScores:
 
     @property
     def tokens_B(self) -> Floats:
-        return np.bincount(self.sequence_N, minlength=self.sequences).astype(np.float64)
+        return self.sums_B(np.ones_like(self.sequence_N))
 
     @property
     def residues_B(self) -> Floats:
