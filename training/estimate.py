@@ -50,7 +50,7 @@ def ratio(
     samples: int = 1000,
     seed: int = 0,
 ) -> Estimate:
-    """`after(sum of above / sum of below)`, with sequences drawn with replacement.
+    """`after(sum of above / sum of below)`, with sequences drawn with replacement; undefined where a share is infinite.
 
     Args:
         above_B, below_B: fp64 (B,), each sequence's share in the two sums.
@@ -63,6 +63,8 @@ def ratio(
         return after(float(times_B @ above_B) / below) if below > 0 else math.nan
 
     B = len(above_B)
+    if not np.isfinite(above_B).all():
+        return Estimate(value=None, low=None, high=None, n=B)
     value = of(np.ones(B, dtype=np.int64))
     return estimate(value, np.array([of(times_B) for times_B in repeats(B, samples=samples, seed=seed)]), B)
 

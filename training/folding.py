@@ -42,7 +42,7 @@ def load_esmfold(folder: Path, *, device: str = "cpu") -> Any:
         InputError: transformers is not installed, or the folder holds no such weights.
     """
     if importlib.util.find_spec("transformers") is None:
-        message = "ESMFold needs transformers: pip install 'protnest[bench]'"
+        message = "ESMFold needs transformers: pip install transformers"
         raise InputError(message)
     if not (folder / "config.json").is_file():
         message = "there is no config.json: ESMFold's weights are a folder in Hugging Face layout (esmfold_v1)"

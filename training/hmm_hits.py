@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,23 +98,22 @@ def build_profile(path: Path) -> Any:
 
     _check_there(path, "alignment")
     stem = path.with_suffix("") if path.suffix == ".gz" else path
-    kind = ALIGNMENTS.get(stem.suffix.lower())
+    kind: Any = ALIGNMENTS.get(stem.suffix.lower())
     if kind is None:
         message = f"ends in {stem.suffix!r}; alignments end in {', '.join(ALIGNMENTS)}, or these with .gz"
         raise InputError(message, file=path)
-    amino = Alphabet.amino()
+    amino: Any = Alphabet.amino()
     try:
         with xopen(path, "rb", threads=0) as stream:
-            given: Any = stream  # pyhmmer's types ask for more of a stream than it reads
-            alignment = MSAFile(given, format=kind, digital=True, alphabet=amino).read()
+            alignment = MSAFile(stream, format=kind, digital=True, alphabet=amino).read()
     except (ValueError, EOFError, OSError, UnicodeDecodeError) as error:
         message = f"is no alignment in the format {kind}: {error}"
         raise InputError(message, file=path) from error
     count = 0 if alignment is None else len(alignment.sequences)
-    if count < 2:
+    if alignment is None or count < 2:
         message = f"holds {count} sequences: a family's profile needs at least two, aligned"
         raise InputError(message, file=path)
-    alignment.name = _as_name(alignment, stem.stem)
+    _name(alignment, stem.stem)
     try:
         return Builder(amino, seed=_BUILD_SEED).build_msa(alignment, Background(amino))[0]
     except ValueError as error:
@@ -123,12 +121,12 @@ def build_profile(path: Path) -> Any:
         raise InputError(message, file=path) from error
 
 
-def _as_name(alignment: Any, name: str) -> Any:
+def _name(alignment: Any, name: str) -> None:
     """Names are text in newer releases of pyhmmer, bytes in older ones."""
-    with suppress(TypeError):
+    try:
         alignment.name = name
-        return name
-    return name.encode()
+    except TypeError:
+        alignment.name = name.encode()
 
 
 def _check_there(path: Path, what: str) -> None:

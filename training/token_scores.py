@@ -45,7 +45,8 @@ class TokenScores:
 
     def sums_B(self, values_N: npt.NDArray[np.float64] | Integers | npt.NDArray[np.bool_]) -> Floats:
         """Sum over each sequence's tokens: fp64 (B,)."""
-        return np.bincount(self.sequence_N, weights=values_N, minlength=self.sequences)
+        sums_B = np.bincount(self.sequence_N, weights=values_N, minlength=self.sequences)
+        return sums_B.astype(np.float64)
 
     @property
     def tokens_B(self) -> Floats:
