@@ -262,13 +262,14 @@ def _print_figures(
     prediction: PredictionJudgement | None, designs: DesignJudgement | None, judged_by: HeldOut | None
 ) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from .evaluation import figures
 
-    table = Table("figure", "value", "95 %", "n", "beside it", box=None)
-    for name, found, note in figures(prediction, designs):
-        table.add_row(name, *_shown(found), f"{found.n:,}", note)
+    subject, figure = Column("of", overflow="fold"), Column("figure", no_wrap=True)
+    table = Table(subject, figure, "value", Column("95 %", no_wrap=True), "n", "beside it", box=None)
+    for of, name, found, note in figures(prediction, designs):
+        table.add_row(of, name, *_shown(found), f"{found.n:,}", note)
     console = Console(soft_wrap=True)
     console.print(table)
     if judged_by is not None:

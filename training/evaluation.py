@@ -20,7 +20,7 @@ from .held_out import HeldOut, Read
 from .hmm_hits import EVALUE, HmmHits, hmm_hits
 from .identity import check_aligner
 from .length_distance import LengthDistance, length_distance
-from .novelty import Novelty, novelty
+from .novelty import NOVEL_BELOW, Novelty, novelty
 from .perplexity import letter_perplexity, residue_perplexity, token_perplexity
 from .prediction import Predictor
 from .token_scores import Scored, TokenScores, score_tokens
@@ -232,56 +232,56 @@ def as_report(
     }
 
 
-def figures(prediction: PredictionJudgement | None, designs: DesignJudgement | None) -> list[tuple[str, Estimate, str]]:
-    """Every figure of a judgement: its name, itself, and what it has to be read beside."""
-    rows = list[tuple[str, Estimate, str]]()
+Row = tuple[str, str, Estimate, str]
+"""Of what, the figure's name, itself, and what it has to be read beside."""
+
+
+def figures(prediction: PredictionJudgement | None, designs: DesignJudgement | None) -> list[Row]:
+    """Every figure of a judgement, for a table."""
+    rows = list[Row]()
     if prediction is not None:
-        models = [prediction.model] + ([] if prediction.teacher is None else [prediction.teacher])
-        for model in models:
-            rows += _model_figures(model)
-        if prediction.divergence is not None:
-            rows.append(("KL(teacher || model), nats a token", prediction.divergence, ""))
-        note = f"frequencies of the {prediction.letters_from} sequences"
-        rows.append(("frequencies' perplexity per residue", prediction.letter_perplexity, note))
+        model, teacher = prediction.model, prediction.teacher
+        rows += _model_figures(model)
+        if teacher is not None and prediction.divergence is not None:
+            rows += _model_figures(teacher)
+            rows.append((model.name, "KL of teacher, nats", prediction.divergence, f"a token; from {teacher.name}"))
+        note = f"of the {prediction.letters_from} sequences"
+        rows.append(("frequencies alone", "perplexity per residue", prediction.letter_perplexity, note))
     if designs is not None:
-        rows += _design_figures(designs)
+        rows += [("designs", *row) for row in _design_figures(designs)]
     return rows
 
 
-def _model_figures(model: ModelJudgement) -> list[tuple[str, Estimate, str]]:
+def _model_figures(model: ModelJudgement) -> list[Row]:
     found, name = model.calibration, model.name
-    uniform = f"{model.tokens:,} {model.task}; a uniform guess {model.vocabulary:,}"
-    right = f"accuracy {found.accuracy.value:.3f}, confidence {found.confidence.value:.3f}"
+    right = f"accuracy {found.accuracy.value:.3f}"
+    asked = f"{model.tokens:,} {model.task}; a uniform guess {model.vocabulary:,}"
     rows = [
-        (f"{name}: perplexity per token", model.token_perplexity, uniform),
-        (f"{name}: perplexity per residue", model.residue_perplexity, ""),
-        (f"{name}: accuracy", found.accuracy, f"confidence {found.confidence.value:.3f}"),
+        (name, "perplexity per token", model.token_perplexity, asked),
+        (name, "perplexity per residue", model.residue_perplexity, ""),
+        (name, "accuracy", found.accuracy, f"mean confidence {found.confidence.value:.3f}"),
     ]
     for words, binned in (("equal width", found.equal_width), ("equal mass", found.equal_mass)):
-        rows.append((f"{name}: ECE, {words}", binned.ece, f"{right}; calibrated exactly {binned.by_chance:.4f}"))
-        rows.append((f"{name}: MCE, {words}", binned.mce, right))
+        rows.append((name, f"ECE, {words}", binned.ece, f"{right}; calibrated exactly {binned.by_chance:.4f}"))
+        rows.append((name, f"MCE, {words}", binned.mce, right))
     return rows
 
 
 def _design_figures(designs: DesignJudgement) -> list[tuple[str, Estimate, str]]:
-    of, lengths = designs.composition, designs.lengths
-    repeated = f"{designs.diversity.pairs:,} pairs; {designs.diversity.duplicates:,} duplicates"
+    of, lengths, among = designs.composition, designs.lengths, designs.diversity
+    means = f"means {lengths.generated:.0f} and {lengths.reference:.0f}"
     rows = [
-        ("composition KL, nats", of.kl, f"by chance up to {of.by_chance:.4f}; {of.other_residues:,} other residues"),
-        (
-            "length distance, residues",
-            lengths.wasserstein,
-            f"by chance up to {lengths.by_chance:.1f}; means {lengths.generated:.0f} and {lengths.reference:.0f}",
-        ),
-        ("diversity", designs.diversity.distance, repeated),
+        ("composition KL, nats", of.kl, f"by chance to {of.by_chance:.4f}; {of.other_residues:,} other residues"),
+        ("length distance, residues", lengths.wasserstein, f"by chance to {lengths.by_chance:.1f}; {means}"),
+        ("diversity", among.distance, f"{among.pairs:,} pairs; {among.duplicates:,} duplicates"),
     ]
     if (hits := designs.hmm) is not None:
         natural = "" if hits.reference is None else f"reference {hits.reference.value:.3f}, "
-        rows.append((f"hits of {hits.profile}", hits.hits, f"{natural}shuffled {hits.shuffled.value:.3f}"))
+        rows.append(("profile's hits", hits.hits, f"{hits.profile}; {natural}shuffled {hits.shuffled.value:.3f}"))
     if (near := designs.novelty) is not None:
-        against = f"{near.train_sequences:,} for training, aligned: {near.aligned}; {near.copies:,} copies"
-        rows.append(("nearest neighbour's identity", near.identity, against))
-        rows.append(("novel designs", near.novel, "below 0.7"))
+        against = f"{near.train_sequences:,} for training, aligned: {near.aligned}"
+        rows.append(("nearest identity", near.identity, against))
+        rows.append(("novel", near.novel, f"below {NOVEL_BELOW}; {near.copies:,} copies"))
     if (folded := designs.folding) is not None:
         rows.append(("pLDDT", folded.plddt, ""))
         rows.append(("pLDDT above 70", folded.confident, ""))

@@ -20,6 +20,8 @@ from .estimate import Estimate, mean, share
 FOLDED = 50
 CONFIDENT = 70.0
 _ALPHA_CARBON = 1
+_OWN = ("trunk.", "lddt_head.", "esm_s_mlp.", "esm_s_combine")
+"""What ESMFold has beyond its encoder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,14 +52,20 @@ def load_esmfold(folder: Path, *, device: str = "cpu") -> Any:
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
         message = "holds no weights (*.safetensors or pytorch_model*.bin)"
         raise InputError(message, file=folder)
+    from safetensors import SafetensorError
     from transformers import EsmForProteinFolding
 
     try:
-        model = EsmForProteinFolding.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
+        model, told = EsmForProteinFolding.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, KeyError, AttributeError, TypeError, SafetensorError) as error:
         message = f"is no ESMFold: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
         raise InputError(message, file=folder) from error
-    return model.eval().to(device)
+    # transformers draws at random what a checkpoint lacks: an encoder without a trunk would fold, and mean nothing.
+    if missing := sorted(name for name in told["missing_keys"] if name.startswith(_OWN)):
+        message = f"is no ESMFold: {len(missing)} of its tensors are missing, {missing[0]} first"
+        raise InputError(message, file=folder)
+    # The published stem is stored in fp16, which CPUs multiply slowly or not at all.
+    return (model.float() if device == "cpu" else model).eval().to(device)
 
 
 @torch.inference_mode()

@@ -116,7 +116,7 @@ def build_profile(path: Path) -> Any:
     _name(alignment, stem.stem)
     try:
         return Builder(amino, seed=_BUILD_SEED).build_msa(alignment, Background(amino))[0]
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         message = f"gives no profile: {error}"
         raise InputError(message, file=path) from error
 

@@ -5,6 +5,8 @@ Shapes: N tokens.
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -24,7 +26,7 @@ def _toy(N: int = 20_000, seed: int = 0) -> tuple[Floats, npt.NDArray[np.bool_]]
 
 def _literal(confidence: Floats, correct: npt.NDArray[np.bool_], edges: list[float]) -> tuple[float, float]:
     ece, mce = 0.0, 0.0
-    for low, high in zip(edges[:-1], edges[1:], strict=True):
+    for low, high in itertools.pairwise(edges):
         inside = [row for row, each in enumerate(confidence) if low < each <= high]
         if inside:
             gap = abs(np.mean(correct[inside]) - np.mean(confidence[inside]))

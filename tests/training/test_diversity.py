@@ -6,6 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
+from protnest.engine.bootstrap import draws
 from protnest.training.diversity import diversity, draw_pairs
 from protnest.training.identity import mutual_identity
 
@@ -31,12 +32,17 @@ def test_all_pairs() -> None:
 
 
 def test_intervals_draw_designs() -> None:
-    """Two clans of copies: what decides is how many of either are drawn, and pairs would hide that."""
-    found = diversity(["MKTAYIAKQR"] * 5 + ["WWWWWWWWWW"] * 5, samples=500)
-    assert found.distance.value == pytest.approx(25 / 45)
-    by_pairs = 2 * 1.96 * (25 / 45 * 20 / 45 / 45) ** 0.5
-    assert found.distance.high - found.distance.low > 1.15 * by_pairs or found.distance.low < 0.4  # type: ignore[operator]
-    assert found.duplicates == 8
+    """Each sample is a set of designs with repeats, whose pairs of different ones are averaged."""
+    table = [[1 - mutual_identity(one, other) for other in PROTEINS] for one in PROTEINS]
+    means = []
+    for chosen in draws(12, samples=300, seed=4):
+        pairs = [(one, other) for one, other in itertools.combinations(chosen.tolist(), 2) if one != other]
+        means.append(np.mean([table[min(pair)][max(pair)] for pair in pairs]))
+    found = diversity(PROTEINS, samples=300, seed=4).distance
+    assert (found.low, found.high) == (
+        pytest.approx(np.quantile(means, 0.025)),
+        pytest.approx(np.quantile(means, 0.975)),
+    )
 
 
 def test_a_single_design() -> None:
