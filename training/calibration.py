@@ -99,8 +99,7 @@ def calibration(scores: TokenScores, *, bins: int = BINS, samples: int = 1000, s
 def _equal_mass_edges(confidence_N: Floats, bins: int) -> Floats:
     """Ends of bins that hold N / K tokens each, as far as equal confidences allow."""
     inner = np.quantile(confidence_N, np.arange(1, bins) / bins, method="inverted_cdf")
-    # The last bin's lower end below its largest confidence, so that none is empty.
-    return np.array([0.0, *np.unique(inner[inner < confidence_N.max()]), 1.0])
+    return np.array([0.0, *np.unique(inner), 1.0])
 
 
 def _binned(scores: TokenScores, edges: Floats, *, samples: int, seed: int) -> Binned:

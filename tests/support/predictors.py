@@ -27,6 +27,7 @@ class NextLetter:
         name, vocabulary, context, task: as of `Predictor`.
         chunk: rows in a chunk.
         skips: leaves out the first letter, as another tokeniser might.
+        backwards: from the last letter to the first.
         seen: the context of each call.
     """
 
@@ -37,6 +38,7 @@ class NextLetter:
     task: str = "next tokens"
     chunk: int = 7
     skips: bool = False
+    backwards: bool = False
     seen: list[int] = field(default_factory=list)
 
     def predictions(self, sequences: Sequence[str], *, context: int | None = None) -> Iterator[Predictions]:
@@ -44,7 +46,7 @@ class NextLetter:
         self.seen.append(most)
         rows = []
         for number, sequence in enumerate(sequences):
-            letters = [*sequence[:most], END][1 if self.skips else 0 :]
+            letters = [*sequence[:most][:: -1 if self.backwards else 1], END][1 if self.skips else 0 :]
             rows += [(number, self.vocabulary.index(letter), letter != END) for letter in letters]
         row_V = torch.tensor(self.probabilities, dtype=torch.float32).log()
         for begin in range(0, len(rows), self.chunk):

@@ -22,7 +22,8 @@ def test_identical_sets() -> None:
     assert found.generated == found.reference
     assert sum(found.generated.values()) == pytest.approx(1)
     assert (found.kl.n, found.other_residues, found.residues) == (60, 0, sum(map(len, PROTEINS)))
-    assert found.kl.high < 0.2  # type: ignore[operator]
+    # Both are drawn, each by itself.
+    assert 0.001 < found.kl.high < 0.2  # type: ignore[operator]
 
 
 def test_kl_is_scipys() -> None:
