@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+from .report import write_report
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -246,7 +248,7 @@ def probe(
             "strength": head.strength,
             **{score: head.data[score] for score in ("spearman", "low", "high")},
         }
-    _write_report(report, out, json_output=json_output)
+    write_report(report, out, json_output=json_output)
     if plot is not None:
         sizes = {encoder.name: encoder.dim for encoder in encoders}
         panels = {(each.pooling, each.subset): f"{each.pooling}, {each.variants:,} {each.subset}" for each in results}
@@ -325,7 +327,7 @@ def probe_labels(
         found_report = run(encoders, proteins, chains=chains, seed=seed, after_batch=progress.advance)
     names = [encoder.name for encoder in encoders]
     report = found_report.as_json(labels=labels.name, longest=longest, seed=seed, models=names)
-    _write_report(report, out, json_output=json_output)
+    write_report(report, out, json_output=json_output)
     results = found_report.results
     if plot is not None:
         points = {
@@ -343,18 +345,6 @@ def probe_labels(
             highlight=False,
         )
         _print_results("score", ("measure",), [((each.measure,), each, each.score) for each in results])
-
-
-def _write_report(report: dict[str, Any], out: Path | None, *, json_output: bool) -> None:
-    import json
-
-    from ..engine.atomic import write_atomically
-
-    if out is not None:
-        text = json.dumps(report, indent=1, allow_nan=False) + "\n"
-        write_atomically(out, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-    if json_output:
-        typer.echo(json.dumps(report, allow_nan=False))
 
 
 def _features(each: ProbeResult | LabelResult) -> str:

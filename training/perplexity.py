@@ -1,10 +1,12 @@
-"""How well a model predicts hidden residues, and what knowing nothing but their frequencies gives."""
+"""How well a model predicts residues or tokens, and what knowing nothing but amino acids' frequencies gives.
+
+Shapes: B sequences, A the 20 standard amino acids.
+"""
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
@@ -13,7 +15,9 @@ from ..engine.encoder import Encoder
 from ..engine.packing import pack_tokens
 from ..kernels import plan_batches
 from .corpus import Corpus, crop
+from .estimate import Estimate, exp, ratio
 from .masking import mask_tokens
+from .token_scores import TokenScores
 
 _CROP_SEED, _MASK_SEED = 7, 8
 
@@ -47,7 +51,7 @@ def held_out_perplexity(encoder: Encoder, corpus: Corpus, *, sequences: int, bat
         wanted = torch.from_numpy(np.concatenate([labels[index] for index in batch])).to(encoder.device)
         total += F.cross_entropy(encoder.logits(hidden_RD).float(), wanted, reduction="sum").item()
     mean = total / sum(asked.size for asked in rows)
-    return math.exp(mean) if mean < math.log(np.finfo(np.float64).max) else math.inf
+    return exp(mean)
 
 
 def unigram_perplexity(train: Corpus, held_out: Corpus) -> float:
@@ -58,3 +62,37 @@ def unigram_perplexity(train: Corpus, held_out: Corpus) -> float:
     # A letter that training never saw would make it infinite: it counts as seen a billionth of a time.
     counts = np.maximum(counts, 1e-9)
     return float(np.exp(-(judged * np.log(counts / counts.sum())).sum() / judged.sum()))
+
+
+def token_perplexity(scores: TokenScores, *, samples: int = 1000, seed: int = 0) -> Estimate:
+    """exp of the mean negative log-likelihood of a predicted token; over another vocabulary it is another scale."""
+    return ratio(scores.sums_B(scores.nll_N), scores.tokens_B, after=exp, samples=samples, seed=seed)
+
+
+def residue_perplexity(scores: TokenScores, *, samples: int = 1000, seed: int = 0) -> Estimate:
+    """exp of all tokens' negative log-likelihood over the residues that they stand for: the same scale for all models.
+
+    Ends of sequences count above and not below: a model that cannot say where a protein ends pays for it.
+    """
+    return ratio(scores.sums_B(scores.nll_N), scores.residues_B, after=exp, samples=samples, seed=seed)
+
+
+def letter_perplexity(
+    letters_BA: npt.NDArray[np.int64],
+    known_A: npt.NDArray[np.int64] | None = None,
+    *,
+    samples: int = 1000,
+    seed: int = 0,
+) -> Estimate:
+    """Perplexity per standard residue under nothing but amino acids' frequencies, which any model should beat.
+
+    Args:
+        letters_BA: int64 (B, 20), how often each sequence holds each amino acid.
+        known_A: int64 (20,), counts that the frequencies come from, each plus one; by default the sequences' own.
+        samples, seed: of the bootstrap over sequences; the frequencies stay.
+    """
+    counts_A = (letters_BA.sum(axis=0) if known_A is None else known_A) + 1
+    surprise_A = -np.log(counts_A / counts_A.sum())
+    return ratio(
+        letters_BA @ surprise_A, letters_BA.sum(axis=1).astype(np.float64), after=exp, samples=samples, seed=seed
+    )
