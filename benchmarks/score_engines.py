@@ -31,10 +31,11 @@ from protnest.benchmarks.peers import (
 )
 from protnest.benchmarks.proteins import make_up
 from protnest.benchmarks.rows import ROOT
-from protnest.engine import Encoder, from_fair_esm, load_model
+from protnest.engine import Encoder, from_fair_esm
 from protnest.engine.alphabet import AMINO_ACIDS
 from protnest.engine.checkpoint import encoder_fingerprint, encoder_names, head_names
 from protnest.engine.config import PUBLISHED, EncoderConfig
+from protnest.engine.models import load_encoder
 from protnest.engine.packing import ChosenRows, PackedBatch
 from protnest.engine.variants import Variant, parse_variant, read_scan, read_wild_type
 
@@ -92,7 +93,7 @@ def find_encoder(model: str | None, *, seed: int) -> tuple[str, Encoder]:
         InputError: there is no such model.
     """
     if model is not None or REAL.is_dir():
-        encoder = load_model(model or REAL, device="cpu", precision="fp32")
+        encoder = load_encoder(model or REAL, device="cpu", precision="fp32")
         return encoder.name, encoder
     return f"random {RANDOM}, seed {seed}", random_scorer(PUBLISHED[RANDOM], seed=seed)
 

@@ -205,10 +205,10 @@ def _load(
     max_tokens: int | None,
 ) -> Predictor:
     """A model by name, as what can be judged: the one place that knows kinds of models."""
-    from ..engine.models import load_model
+    from ..engine.models import load_encoder
     from .prediction import EncoderPredictor
 
-    encoder = load_model(name, device=device, precision=precision)
+    encoder = load_encoder(name, device=device, precision=precision)
     return EncoderPredictor(encoder, seed=seed, max_tokens=max_tokens, after_batch=after_batch)
 
 
