@@ -127,8 +127,8 @@ def _fetch(repository: str, files: tuple[str, ...]) -> Path:
         folder = snapshot_download(repository, allow_patterns=list(files))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         message = (
-            f"{repository} is not in the local cache and could not be fetched ({type(error).__name__}). Where there is a "
-            f"network, run `hf download {repository}`; then copy that folder here and pass its path to --model"
+            f"{repository} is not in the local cache and could not be fetched ({type(error).__name__}). Where there is "
+            f"a network, run `hf download {repository}`; then copy that folder here and pass its path to --model"
         )
         raise InputError(message) from error
     return Path(folder)
