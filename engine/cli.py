@@ -22,6 +22,7 @@ from typer.core import TyperGroup
 from .allocator import keep_memory
 from .cpus import limit_threads
 from .errors import InputError
+from .generate_command import generate
 from .score_command import score
 
 _ENTRY_POINTS = "protnest.commands"
@@ -382,6 +383,7 @@ def _print_fits(
 
 
 app.command()(score)
+app.command()(generate)
 
 
 def main() -> None:
