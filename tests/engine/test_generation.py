@@ -101,6 +101,27 @@ def test_limits_are_kept(decoder: Decoder, least: int, most: int | None) -> None
         assert all(design.ended for design in designs)
 
 
+class _Pieces(ResidueVocabulary):
+    """Tokens of one to three letters: what each token of the alphabet stands for, once, twice or three times."""
+
+    def decode(self, ids: Any) -> str:
+        letters = (ResidueVocabulary.decode(self, np.array([token])) * (1 + token % 3) for token in ids.tolist())
+        return "".join(letters)
+
+
+def test_limits_are_met_with_tokens_of_several_letters(decoder: Decoder) -> None:
+    """The last letters may need a shorter token: no length is missed, and every length can be met."""
+    pieces = Decoder(CONFIG, _Pieces(), name="pieces")
+    pieces.load_state_dict(decoder.state_dict())
+    designs = _run(pieces, 30, min_residues=40, max_residues=40, sampling=PLAIN)
+    assert {len(design.sequence) for design in designs} == {40}
+    assert len({design.tokens for design in designs}) > 1
+    last = {design.sequence[-3:] for design in designs}
+    assert any(len(set(letters)) == 1 for letters in last), "a token of three letters may end at the limit"
+    longer = _run(pieces, 30, max_residues=41, sampling=PLAIN)
+    assert max(len(design.sequence) for design in longer) == 41
+
+
 def test_sequences_that_no_limit_touches_are_the_same(decoder: Decoder) -> None:
     free = _run(decoder, 20, sampling=PLAIN)
     limited = _run(decoder, 20, sampling=PLAIN, max_residues=60)

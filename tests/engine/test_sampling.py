@@ -95,7 +95,7 @@ def test_logits_are_left_alone() -> None:
     assert torch.equal(logits_BV, before)
 
 
-@pytest.mark.parametrize("kind", ["random", "sorted", "spikes", "equal", "forbidden"])
+@pytest.mark.parametrize("kind", ["random", "sorted", "spikes", "sampled spikes", "equal", "forbidden"])
 @pytest.mark.parametrize("k", [1, 950, 2000])
 def test_the_largest(kind: str, k: int) -> None:
     """Whatever the sample says, what is found is what torch finds."""
@@ -105,6 +105,8 @@ def test_the_largest(kind: str, k: int) -> None:
     elif kind == "spikes":
         # All that matters lies where the sample does not look.
         scores[:, 1::16] += 30
+    elif kind == "sampled spikes":
+        scores[:, ::16] += 30
     elif kind == "equal":
         scores = scores.round()
     elif kind == "forbidden":
