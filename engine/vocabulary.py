@@ -171,7 +171,7 @@ def _read(folder: Path) -> Vocabulary:
         folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt")
     )
     if not whole.is_file() and not vocab.is_file():
-        if letters.is_file() and letters.read_text(encoding="utf-8").split() == list(TOKENS):
+        if letters.is_file() and letters.read_text(encoding="utf-8", errors="replace").split() == list(TOKENS):
             return ResidueVocabulary()
         message = "holds no vocabulary: neither tokenizer.json, nor vocab.json with merges.txt, nor ESM-2's vocab.txt"
         raise InputError(message, file=folder)

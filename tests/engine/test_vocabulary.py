@@ -226,10 +226,12 @@ def test_merges_missing(tmp_path: Path) -> None:
     assert caught.value.file == str(tmp_path / "vocab.json")
 
 
-@pytest.mark.parametrize("letters", [None, "", "A\nC\n", "\n".join(TOKENS[:-1]), "\n".join(TOKENS[::-1])], ids=repr)
+@pytest.mark.parametrize(
+    "letters", [None, "", "A\nC\n", "\n".join(TOKENS[:-1]), "\n".join(TOKENS[::-1]), "\xff"], ids=repr
+)
 def test_no_vocabulary_at_all(tmp_path: Path, letters: str | None) -> None:
     if letters is not None:
-        (tmp_path / "vocab.txt").write_text(letters)
+        (tmp_path / "vocab.txt").write_bytes(letters.encode("latin-1"))
     with pytest.raises(InputError, match=r"holds no vocabulary: neither tokenizer\.json, nor vocab\.json") as caught:
         read_vocabulary(tmp_path, 33)
     assert caught.value.file == str(tmp_path)
