@@ -311,7 +311,7 @@ def test_a_decoder_is_recognised(folder: Path) -> None:
         assert (found.name, found.training) == ("model", False)
         assert not any(parameter.requires_grad for parameter in found.parameters())
     assert load_model(folder, device="cpu", precision="bf16").dtype == torch.bfloat16
-    with pytest.raises(InputError, match="model is a decoder, which .*; this takes an encoder$"):
+    with pytest.raises(InputError, match=r"model is a decoder, which .*; this takes an encoder$"):
         load_encoder(folder, device="cpu", precision="fp32")
 
 
