@@ -173,6 +173,8 @@ class Decoder(nn.Module):
             batch: B packed sequences of ids.
             rows_at_once: logits of so many tokens exist at a time.
         """
+        if not batch.lengths_B:
+            return []
         hidden_TD = self(batch)
         tokens_T = to_device(batch.tokens_T, self.device).long()
         ends = np.cumsum(batch.lengths_B)

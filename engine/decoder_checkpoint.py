@@ -18,6 +18,7 @@ from .checkpoint import read_settings, read_tensors, shorten, tensors_fingerprin
 from .decoder import Decoder
 from .decoder_config import DecoderConfig, decoder_config_from_huggingface, decoder_config_to_huggingface
 from .errors import InputError
+from .quantise import Int8Model
 from .vocabulary import Vocabulary, read_vocabulary
 
 # Known, and computed: the causal mask, which older checkpoints hold.
@@ -59,10 +60,16 @@ def build_decoder(
         The decoder, and the names of the tensors that were set aside.
 
     Raises:
-        InputError: tensors are missing, unexpected, not finite, or of another shape or kind, or the head is not tied to
-            the embedding.
+        InputError: tensors are missing, unexpected, there twice, not finite, or of another shape or kind, or the head
+            is not tied to the embedding.
     """
-    kept = {original.removeprefix("transformer."): tensor for original, tensor in tensors.items()}
+    kept = dict[str, torch.Tensor]()
+    for original, tensor in tensors.items():
+        short = original.removeprefix("transformer.")
+        if short in kept:
+            message = f"tensor {original!r} is there twice, under two spellings"
+            raise InputError(message, file=source)
+        kept[short] = tensor
     set_aside = sorted(name for name in kept if _SET_ASIDE.search(name))
     for each in set_aside:
         del kept[each]
@@ -121,7 +128,13 @@ def save_decoder(decoder: Decoder, folder: Path, *, dtype: torch.dtype = torch.f
         decoder: any precision but int8, any device.
         folder: made if it is not there; files of the same names are replaced.
         dtype: how the tensors are stored.
+
+    Raises:
+        InputError: the decoder is int8, whose weights are folded and rounded: save the one that it was made of.
     """
+    if isinstance(decoder, Int8Model):
+        message = f"{decoder.name} runs in int8 and is not saved: its weights are rounded; save the fp32 model"
+        raise InputError(message)
     folder.mkdir(parents=True, exist_ok=True)
     names = decoder_names(decoder.config)
     tensors = {}

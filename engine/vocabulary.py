@@ -32,6 +32,7 @@ class Vocabulary(Protocol):
         size: V, how many there are.
         start: id that every sequence begins with.
         end: id that every whole sequence ends with.
+        tokens: V spellings by id, no two alike: whether two models share a vocabulary is read from them.
         residues_V: int64 (V,), residues that each token stands for; 0 for line breaks and special tokens.
         plain_V: bool (V,), tokens that are made of residues and line breaks alone.
     """
@@ -39,6 +40,9 @@ class Vocabulary(Protocol):
     size: int
     start: int
     end: int
+
+    @property
+    def tokens(self) -> tuple[str, ...]: ...
 
     @property
     def residues_V(self) -> Ids: ...
@@ -65,6 +69,7 @@ class ResidueVocabulary:
     size = len(TOKENS)
     start = BOS_ID
     end = EOS_ID
+    tokens = TOKENS
 
     @cached_property
     def residues_V(self) -> Ids:
@@ -93,7 +98,7 @@ class BytePairVocabulary:
         file: what messages call it.
 
     Raises:
-        InputError: it has no `<|endoftext|>`.
+        InputError: it has no `<|endoftext|>`, or an id is left out.
     """
 
     def __init__(self, tokenizer: object, *, file: Path | None = None) -> None:
@@ -108,6 +113,11 @@ class BytePairVocabulary:
         self.size: int = tokenizer.get_vocab_size()
         self.start: int = end
         self.end: int = end
+        spelt = {token: text for text, token in tokenizer.get_vocab().items()}
+        if sorted(spelt) != list(range(self.size)):
+            message = f"the tokenizer's {self.size:,} ids are not 0 to {self.size - 1:,}, each once"
+            raise InputError(message, file=file)
+        self.tokens: tuple[str, ...] = tuple(spelt[token] for token in range(self.size))
 
     @cached_property
     def _texts(self) -> list[str]:
@@ -161,7 +171,7 @@ def _read(folder: Path) -> Vocabulary:
         folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt")
     )
     if not whole.is_file() and not vocab.is_file():
-        if letters.is_file() and letters.read_text(encoding="utf-8").split() == list(TOKENS):
+        if letters.is_file() and letters.read_text(encoding="utf-8", errors="replace").split() == list(TOKENS):
             return ResidueVocabulary()
         message = "holds no vocabulary: neither tokenizer.json, nor vocab.json with merges.txt, nor ESM-2's vocab.txt"
         raise InputError(message, file=folder)

@@ -205,11 +205,15 @@ def _load(
     max_tokens: int | None,
 ) -> Predictor:
     """A model by name, as what can be judged: the one place that knows kinds of models."""
-    from ..engine.models import load_encoder
+    from ..engine.decoder import Decoder
+    from ..engine.models import load_model
+    from .decoder_prediction import DecoderPredictor
     from .prediction import EncoderPredictor
 
-    encoder = load_encoder(name, device=device, precision=precision)
-    return EncoderPredictor(encoder, seed=seed, max_tokens=max_tokens, after_batch=after_batch)
+    model = load_model(name, device=device, precision=precision)
+    if isinstance(model, Decoder):
+        return DecoderPredictor(model, max_tokens=max_tokens, after_batch=after_batch)
+    return EncoderPredictor(model, seed=seed, max_tokens=max_tokens, after_batch=after_batch)
 
 
 def _run_models(

@@ -192,7 +192,7 @@ def test_what_is_set_aside_is_said(folder: Path, caplog: pytest.LogCaptureFixtur
     assert set_aside == sorted(SET_ASIDE)
     caplog.set_level(logging.INFO, logger="protnest.engine.models")
     _load(folder)
-    assert caplog.messages == [f"model: set aside, no part of the encoder: {', '.join(sorted(SET_ASIDE))}"]
+    assert caplog.messages == [f"model: set aside, no part of the model: {', '.join(sorted(SET_ASIDE))}"]
 
 
 def test_nothing_set_aside_is_not_said(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -158,7 +158,7 @@ def test_published_name_offline_says_what_to_do(offline: Path, name: str) -> Non
     with pytest.raises(InputError) as caught:
         load_model(name, device="cpu")
     problem = caught.value.problem
-    assert problem.startswith(f"{PUBLISHED_NAME} is not in the local cache and could not be fetched (")
+    assert problem.startswith(f"facebook/{PUBLISHED_NAME} is not in the local cache and could not be fetched (")
     assert f"`hf download facebook/{PUBLISHED_NAME}`" in problem
     assert "--model" in problem
 
