@@ -287,9 +287,9 @@ void rotary_attention(const py::tuple& qkv, const Floats& cos, const Floats& sin
             throw py::value_error("cu_seqlens falls, or a sequence is longer than the tables");
         }
     }
-    const py::ssize_t tokens = ends[sequences];
-    if (!rows && tokens != out.shape(0)) throw py::value_error("cu_seqlens ends elsewhere");
+    const py::ssize_t tokens = rows ? ends[sequences] : out.shape(0);
     const protnest::Product product = product_of(qkv, tokens, 3 * width);
+    if (ends[sequences] != tokens) throw py::value_error("cu_seqlens ends elsewhere");
     if (product.left == protnest::Left::bf16 && product.bias_C) throw py::value_error("bf16 has its bias already");
     const py::ssize_t queries = rows ? rows->size() : tokens;
     expect_block(out, queries * width, product.left == protnest::Left::bf16 ? 2 : 4);
