@@ -608,7 +608,7 @@ LAYOUT = "has not the size, the dtype or the layout"
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "rows alone": ({"cu_rows": None}, ValueError, TOGETHER),
     "cu_rows alone": ({"rows": None, "out": np.zeros((6, 16), np.float32)}, ValueError, TOGETHER),
-    "neither, and out of other tokens": ({"rows": None, "cu_rows": None}, ValueError, "cu_seqlens ends elsewhere"),
+    "neither, and out of other tokens": ({"rows": None, "cu_rows": None}, ValueError, LAYOUT),
     "out of all tokens": ({"out": np.zeros((6, 16), np.float32)}, ValueError, LAYOUT),
     "out of fewer rows": ({"out": np.zeros((2, 16), np.float32)}, ValueError, LAYOUT),
     "qkv of more tokens": ({"qkv": (np.zeros((7, 48), np.float32), *[None] * 5)}, ValueError, LAYOUT),
