@@ -253,16 +253,14 @@ void quantise_rows(const Floats& x, const py::tuple& target, const std::string& 
     protnest::quantise_rows(N, C, data, chosen, threads, to);
 }
 
-// Rows of each sequence lie in it, and are no more than its tokens.
+// Rows of each sequence lie in it.
 void expect_rows(const Integers& rows, const Integers& cu_rows, const std::int32_t* ends, std::int64_t sequences) {
     if (cu_rows.size() != sequences + 1 || cu_rows.data()[0] != 0 || cu_rows.data()[sequences] != rows.size()) {
         throw py::value_error("cu_rows does not describe the rows of these sequences");
     }
     for (std::int64_t b = 0; b < sequences; ++b) {
         const std::int64_t first = cu_rows.data()[b], last = cu_rows.data()[b + 1];
-        if (last < first || last > rows.size() || last - first > ends[b + 1] - ends[b]) {
-            throw py::value_error("cu_rows falls, or a sequence has more rows than tokens");
-        }
+        if (last < first || last > rows.size()) throw py::value_error("cu_rows falls, or rises beyond the rows");
         for (std::int64_t r = first; r < last; ++r) {
             if (rows.data()[r] < ends[b] || rows.data()[r] >= ends[b + 1]) {
                 throw py::value_error("a row lies outside of its sequence");
@@ -291,9 +289,9 @@ void rotary_attention(const py::tuple& qkv, const Floats& cos, const Floats& sin
             throw py::value_error("cu_seqlens falls, or a sequence is longer than the tables");
         }
     }
-    const py::ssize_t tokens = ends[sequences];
-    if (!rows && tokens != out.shape(0)) throw py::value_error("cu_seqlens ends elsewhere");
+    const py::ssize_t tokens = rows ? ends[sequences] : out.shape(0);
     const protnest::Product product = product_of(qkv, tokens, 3 * width);
+    if (ends[sequences] != tokens) throw py::value_error("cu_seqlens ends elsewhere");
     if (product.left == protnest::Left::bf16 && product.bias_C) throw py::value_error("bf16 has its bias already");
     const py::ssize_t queries = rows ? rows->size() : tokens;
     expect_block(out, queries * width, product.left == protnest::Left::bf16 ? 2 : 4);

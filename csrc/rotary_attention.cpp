@@ -89,9 +89,9 @@ struct Scratch {
     std::vector<float> sums;      // (K, 2 W)
     std::int64_t rows_stride, keys_stride, values_stride;  // from head to head
 
-    void fit(std::int64_t heads, std::int64_t longest, std::int64_t K) {
+    void fit(std::int64_t heads, std::int64_t longest, std::int64_t most_queries, std::int64_t K) {
         const std::int64_t steps = K / A::kDepth, width = 2 * A::kLanes;
-        rows_stride = longest * steps, keys_stride = (longest + kGroup) * steps;
+        rows_stride = most_queries * steps, keys_stride = (longest + kGroup) * steps;
         values_stride = (longest + A::kDepth) * K;
         row.resize(K);
         rows.resize(heads * rows_stride);
@@ -489,9 +489,11 @@ PROTNEST_V4_BF16 void attend_v4_bf16(const AttentionInput& input, const Part& pa
 
 template <typename A>
 void run(const AttentionInput& input, Attend<A> attend_one, int threads, void* out) {
-    std::int64_t longest = 0;
+    std::int64_t longest = 0, most_queries = 0;
     for (std::int64_t b = 0; b < input.sequences; ++b) {
-        longest = std::max<std::int64_t>(longest, input.cu_seqlens[b + 1] - input.cu_seqlens[b]);
+        const std::int64_t length = input.cu_seqlens[b + 1] - input.cu_seqlens[b];
+        longest = std::max(longest, length);
+        most_queries = std::max(most_queries, input.rows == nullptr ? length : input.cu_rows[b + 1] - input.cu_rows[b]);
     }
     const std::int64_t heads = std::clamp<std::int64_t>(kChannels / input.head_width, 1, input.heads);
     const std::int64_t parts = (input.heads + heads - 1) / heads, items = input.sequences * parts;
@@ -501,7 +503,7 @@ void run(const AttentionInput& input, Attend<A> attend_one, int threads, void* o
 #endif
     {
         Scratch<A> scratch;
-        scratch.fit(heads, longest, input.head_width);
+        scratch.fit(heads, longest, most_queries, input.head_width);
 #if defined(_OPENMP)
 #pragma omp for schedule(dynamic)
 #endif

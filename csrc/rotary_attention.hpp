@@ -16,7 +16,7 @@ struct AttentionInput {
     const std::int32_t* cu_seqlens;  // (B + 1)
     std::int64_t sequences, heads, head_width;
     // Tokens whose attention is wanted, those of a sequence together and in the sequences' order, and where each
-    // sequence's begin, (B + 1); null for all tokens. No sequence has more of them than tokens.
+    // sequence's begin, (B + 1); null for all tokens.
     const std::int64_t* rows = nullptr;
     const std::int64_t* cu_rows = nullptr;
 };

@@ -163,8 +163,7 @@ def row_attention(
 
     Raises:
         ValueError: shapes disagree, the lengths do not add up to T or the counts to R, a sequence without tokens is
-            said to have rows, or `impl` is unknown; "cpu" also where a row lies in another sequence, or a sequence has
-            more rows than tokens.
+            said to have rows, or `impl` is unknown; "cpu" also where a row lies in another sequence.
         RuntimeError: the named implementation cannot run on these tensors.
     """
     if isinstance(qkv, torch.Tensor):

@@ -85,7 +85,6 @@ def test_limit_ignores_the_own_residue() -> None:
         ({"given_LA": np.zeros((20, 8), dtype=bool)}, "given_LA: expected bool (8, 20), got bool (20, 8)"),
         ({"given_LA": np.zeros((8, 20), dtype=np.uint8)}, "given_LA: expected bool (8, 20), got uint8 (8, 20)"),
         ({"entropy_L": np.zeros(7, dtype=np.float32)}, "entropy_L: expected float32 (8,), got float32 (7,)"),
-        ({"first": 0}, "first: residues are counted from 1 or later, got 0"),
     ],
 )
 def test_landscapes_that_cannot_be(changes: dict[str, Any], problem: str) -> None:

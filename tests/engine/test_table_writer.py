@@ -151,7 +151,8 @@ def test_parquet_keeps_its_schema(tmp_path: Path) -> None:
     assert found.schema.field("sure").metadata[b"unit"] == b"residues"
     assert not found.schema.field("sure").nullable
     for name in source.column_names:
-        assert repr(found[name].to_pylist()) == repr(source[name].to_pylist()), name
+        if name != "time":  # Python's times have no nanoseconds.
+            assert repr(found[name].to_pylist()) == repr(source[name].to_pylist()), name
     assert found["time"].cast(pa.int64()).to_pylist() == [1_700_000_000_123_456_789, None, 0]
     assert found["score"].to_pylist() == [np.float32(row / 3) for row in (1, 2, 3)]
 
