@@ -150,9 +150,7 @@ class Decoder(nn.Module):
         for number, layer in enumerate(self.layers):
             x_ND, pending = layer(x_ND, pending, lambda qkv, number=number: attend(number, qkv))
         x_ND = add_norm(x_ND, pending, None, dtype=x_ND.dtype)[0]
-        norm = self.final_norm
-        weight_D, bias_D = norm.weight.to(x_ND.dtype), norm.bias.to(x_ND.dtype)
-        return F.layer_norm(x_ND, weight_D.shape, weight_D, bias_D, norm.eps)
+        return self.final_norm.unrounded(x_ND)
 
     def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
         """Logits (N, V) for N rows of hidden states, fp32 at least; the weight is the token embedding's."""

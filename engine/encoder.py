@@ -96,8 +96,12 @@ class LayerNorm(nn.LayerNorm):
         return Norm(self.weight, self.bias, self.eps)
 
     def forward(self, x_ND: torch.Tensor) -> torch.Tensor:
+        return self.unrounded(x_ND).to(self.weight.dtype)
+
+    def unrounded(self, x_ND: torch.Tensor) -> torch.Tensor:
+        """The result in the stream's precision, for heads."""
         weight, bias = self.weight.to(x_ND.dtype), self.bias.to(x_ND.dtype)
-        return F.layer_norm(x_ND, self.normalized_shape, weight, bias, self.eps).to(self.weight.dtype)
+        return F.layer_norm(x_ND, self.normalized_shape, weight, bias, self.eps)
 
 
 class Layer(nn.Module):
@@ -262,9 +266,7 @@ class Encoder(nn.Module):
             ValueError: the checkpoint had no language-model head.
         """
         stream_RD = self._run(batch, (), chosen.to(self.device))[0]
-        norm = self.final_norm
-        weight_D, bias_D = norm.weight.to(stream_RD.dtype), norm.bias.to(stream_RD.dtype)
-        return self.logits(F.layer_norm(stream_RD, weight_D.shape, weight_D, bias_D, norm.eps))
+        return self.logits(self.final_norm.unrounded(stream_RD))
 
     def _run(
         self, batch: PackedBatch, layers: Collection[int], chosen: ChosenRows | None = None
