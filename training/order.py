@@ -86,3 +86,11 @@ class BatchOrder:
         """Optimiser steps that so many epochs take; the last one may reach into the next epoch."""
         batches = sum(len(self.batches(epoch)) for epoch in range(epochs))
         return -(-batches // batches_a_step)
+
+    def epochs_of(self, steps: int, *, batches_a_step: int) -> int:
+        """Epochs that so many optimiser steps reach into."""
+        left, epoch = steps * batches_a_step, 0
+        while left > 0:
+            left -= len(self.batches(epoch))
+            epoch += 1
+        return epoch

@@ -24,7 +24,7 @@ import torch
 
 from ..engine.atomic import write_atomically
 from ..engine.errors import InputError
-from ..engine.store import differences, lock_folder
+from ..engine.store import LOCK_FILE, differences, lock_folder
 from .trainer import StepReport, Trainer
 from .training_log import LOG_FILE, TENSORBOARD_FOLDER, TrainingLog
 
@@ -34,7 +34,6 @@ STATE_FILE = "state.pt"
 REPORT_FILE = "training.json"
 MODEL_FILES = ("config.json", "model.safetensors", "vocab.txt", "tokenizer.json")
 """Of a checkpoint in Hugging Face layout."""
-_LOCK_FILE = ".lock"
 
 
 class TrainingFolder:
@@ -83,7 +82,7 @@ class TrainingFolder:
 
     def _open(self) -> None:
         if not (self.folder / RUN_FILE).exists():
-            if leftovers := sorted(path.name for path in self.folder.iterdir() if path.name != _LOCK_FILE):
+            if leftovers := sorted(path.name for path in self.folder.iterdir() if path.name != LOCK_FILE):
                 message = f"is not empty and holds no run ({', '.join(leftovers[:3])}): choose another --out"
                 raise InputError(message, file=self.folder)
             self._write_run(complete=False)
@@ -151,8 +150,7 @@ class TrainingFolder:
             InputError: the state is unreadable, loss or gradient are not finite, or the disk is full: the last
                 checkpoint stays.
         """
-        if trainer.step == 0 and (self.folder / STATE_FILE).exists():
-            self.load(trainer)
+        self.resume(trainer)
         last_saved = time.monotonic()
         with TrainingLog(self.folder, steps_done=trainer.step) as log:
 
@@ -176,6 +174,17 @@ class TrainingFolder:
         """
         state = {"version": SCHEMA_VERSION, "identity": self.identity, **trainer.state()}
         self._write(STATE_FILE, lambda path: torch.save(state, path))
+
+    def resume(self, trainer: Trainer) -> bool:
+        """Sets a trainer that has taken no step to the saved state, where there is one; says whether it did.
+
+        Raises:
+            InputError: as `load`.
+        """
+        found = trainer.step == 0 and (self.folder / STATE_FILE).exists()
+        if found:
+            self.load(trainer)
+        return found
 
     def load(self, trainer: Trainer) -> None:
         """Sets the trainer to the saved state.
