@@ -14,7 +14,6 @@ import copy
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,17 +25,16 @@ from ..engine.errors import InputError
 SHARDS = ("ddp", "fsdp2")
 
 
-@dataclass(frozen=True)
 class Processes:
     """Who trains together; by default one process by itself.
 
-    Attributes:
+    Args:
         rank: which of them this one is, from 0.
         world: how many there are.
     """
 
-    rank: int = 0
-    world: int = 1
+    def __init__(self, rank: int = 0, world: int = 1) -> None:
+        self.rank, self.world = rank, world
 
     @property
     def is_first(self) -> bool:
@@ -94,7 +92,6 @@ class _Step(nn.Module):
         return self._run(portion)
 
 
-@dataclass(frozen=True)
 class Replicas(Processes):
     """Every process holds all weights: torch's DistributedDataParallel."""
 
@@ -115,15 +112,16 @@ class Replicas(Processes):
         dist.barrier()
 
 
-@dataclass(frozen=True)
 class Shares(Replicas):
     """Every process holds a share of each layer's weights, gradients and moments: torch's fully_shard."""
+
+    _blank: nn.Module
 
     def spread(self, model: nn.Module, forward: Callable[[Any], Any]) -> Callable[[Any], Any]:
         from torch.distributed.fsdp import fully_shard
 
         # fully_shard changes the class of what it is given; a copy of the model as it was takes the whole weights.
-        object.__setattr__(self, "_blank", copy.deepcopy(model).to("meta"))
+        self._blank = copy.deepcopy(model).to("meta")
         step = _Step(model, forward)
         for layer in model.layers:  # type: ignore[union-attr]
             fully_shard(layer)
@@ -162,10 +160,9 @@ class Shares(Replicas):
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
         state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-        whole: nn.Module = self._blank  # type: ignore[attr-defined]
         if self.is_first:
-            whole.load_state_dict(state, assign=True)
-        return whole
+            self._blank.load_state_dict(state, assign=True)
+        return self._blank
 
 
 @contextlib.contextmanager

@@ -256,9 +256,7 @@ def test_a_hopeless_model_has_an_infinite_perplexity() -> None:
 def test_the_loss_falls_on_what_can_be_memorised() -> None:
     """Proteins of one letter each: whatever is shown of one tells all of it."""
     corpus = _corpus([letter * 15 for letter in "ACDEFGHI"])
-    run = _trainer(
-        _config(steps=80, batch_tokens=136, learning_rate=2e-2, warmup_steps=10, weight_decay=0.0), corpus
-    )
+    run = _trainer(_config(steps=80, batch_tokens=136, learning_rate=2e-2, warmup_steps=10, weight_decay=0.0), corpus)
     encoder = run.task.model
     assert isinstance(encoder, Encoder)
     before = held_out_perplexity(encoder.eval(), corpus, sequences=8)
