@@ -225,7 +225,7 @@ def test_layers_are_copied_first(models: dict[str, Path], fasta: Path, tmp_path:
 def test_each_setting_reaches_the_weights(
     models: dict[str, Path], fasta: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    few = {"steps": 3}
+    few = {"steps": 5}
     plain = _config(models["student"], trainer=few)
     changed = _config(models["student"], **(changes | {"trainer": few | changes.get("trainer", {})}))
     for name, config in (("plain", plain), ("changed", changed)):
