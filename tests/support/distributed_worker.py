@@ -1,13 +1,14 @@
 """What each of several processes runs for tests/training/test_distributed.py, under torchrun.
 
-    distributed_worker.py FOLDER SHARD ACCUMULATE
+    distributed_worker.py FOLDER ACCUMULATE
 
-trains an encoder and a decoder, each stopped after step 2 and gone on with from what is on disk.
+trains an encoder and a decoder by DDP and by FSDP2, each stopped after step 2 and gone on with from what is on disk.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
 from pathlib import Path
 
@@ -23,7 +24,7 @@ class Stopped(BaseException):
 
 
 def main() -> None:
-    folder, shard, accumulate = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    folder, accumulate = Path(sys.argv[1]), int(sys.argv[2])
     torch.set_num_threads(1)
     true_step = Trainer._step
 
@@ -33,17 +34,16 @@ def main() -> None:
         return true_step(trainer, portions)
 
     trainer = TrainerConfig(steps=5, batch_tokens=60, accumulate=accumulate, learning_rate=0.01, warmup_steps=2)
-    with joined_processes(torch.device("cpu"), shard) as processes:
-        for kind in ("encoder", "decoder"):
-            config = DistillConfig(student=str(folder / f"{kind} student"), trainer=trainer)
-            for step in (stopping, true_step):
+    for shard in ("ddp", "fsdp2"):
+        with joined_processes(torch.device("cpu"), shard) as processes:
+            for kind, step in itertools.product(("encoder", "decoder"), (stopping, true_step)):
                 Trainer._step = step  # type: ignore[method-assign]
                 with contextlib.suppress(Stopped):
                     distill(
                         folder / f"{kind} teacher",
                         folder / "in.fasta",
                         folder / f"{kind} {shard}",
-                        config,
+                        DistillConfig(student=str(folder / f"{kind} student"), trainer=trainer),
                         device="cpu",
                         cache=folder / f"{kind} cache",
                         save_every_s=0,

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from protnest.engine import InputError
@@ -45,34 +46,52 @@ def _state(out: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("shard", ["ddp", "fsdp2"])
-def test_two_processes_are_one_that_accumulates_twice(folder: Path, shard: str) -> None:
+@pytest.fixture
+def trained(folder: Path) -> Path:
+    """What two processes leave: one launch for all, since starting them is what takes long."""
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={_free_port()}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*run, str(WORKER), str(folder), shard, "2"],
+        [*run, str(WORKER), str(folder), "2"],
         capture_output=True,
         text=True,
-        env=environment,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def _figures(out: Path) -> list[list[float]]:
+    lines = (out / "log.csv").read_text().splitlines()[1:]
+    assert [line.split(",")[0] for line in lines] == ["1", "2", "3", "4", "5"]
+    # Loss and norm of the gradient: AdamW alone would not notice a gradient that is a multiple of the true one.
+    return [[float(number) for number in (line.split(",")[2], line.split(",")[4])] for line in lines]
+
+
+def test_two_processes_are_one_that_accumulates_twice(trained: Path) -> None:
     for kind in ("encoder", "decoder"):
         trainer = TrainerConfig(steps=5, batch_tokens=60, accumulate=4, learning_rate=0.01, warmup_steps=2)
-        config = DistillConfig(student=str(folder / f"{kind} student"), trainer=trainer)
-        out, teacher = folder / f"{kind} alone", folder / f"{kind} teacher"
-        distill(teacher, folder / "in.fasta", out, config, device="cpu", cache=folder / f"{kind} cache")
-        ours, alone = _state(folder / f"{kind} {shard}"), _state(out)
-        assert ours.keys() == alone.keys()
-        for name, tensor in ours.items():
-            torch.testing.assert_close(tensor, alone[name], rtol=1e-4, atol=1e-5, msg=name)
-        report = json.loads((folder / f"{kind} {shard}" / "training.json").read_text())
-        assert report["processes"] == 2
-        assert report["perplexity"]["sequences"] == 3
-        lines = (folder / f"{kind} {shard}" / "log.csv").read_text().splitlines()
-        assert [line.split(",")[0] for line in lines[1:]] == ["1", "2", "3", "4", "5"]
-        load_model(folder / f"{kind} {shard}", device="cpu", precision="fp32")
+        config = DistillConfig(student=str(trained / f"{kind} student"), trainer=trainer)
+        alone, teacher = trained / f"{kind} alone", trained / f"{kind} teacher"
+        distill(teacher, trained / "in.fasta", alone, config, device="cpu", cache=trained / f"{kind} cache")
+        for shard in ("ddp", "fsdp2"):
+            out = trained / f"{kind} {shard}"
+            np.testing.assert_allclose(_figures(out), _figures(alone), rtol=1e-4)
+            ours, expected = _state(out), _state(alone)
+            assert ours.keys() == expected.keys()
+            for name, tensor in ours.items():
+                if name.endswith("qkv.bias"):
+                    # Keys' biases move no softmax: their gradient is rounding, which AdamW makes as large as any.
+                    for part in (0, 2):
+                        one, other = tensor.chunk(3)[part], expected[name].chunk(3)[part]
+                        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4, msg=name)
+                else:
+                    torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-4, msg=name)
+            report = json.loads((out / "training.json").read_text())
+            assert report["processes"] == 2
+            assert report["perplexity"]["sequences"] == 3
+            load_model(out, device="cpu", precision="fp32")
 
 
 def test_alone_there_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
