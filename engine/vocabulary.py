@@ -34,6 +34,7 @@ class Vocabulary(Protocol):
         end: id that every whole sequence ends with.
         tokens: V spellings by id, no two alike: whether two models share a vocabulary is read from them.
         residues_V: int64 (V,), residues that each token stands for; 0 for line breaks and special tokens.
+        letters_V: int64 (V,), letters that each token stands for in `decode`, those that are no residues counted.
         plain_V: bool (V,), tokens that are made of residues and line breaks alone.
     """
 
@@ -46,6 +47,9 @@ class Vocabulary(Protocol):
 
     @property
     def residues_V(self) -> Ids: ...
+
+    @property
+    def letters_V(self) -> Ids: ...
 
     @property
     def plain_V(self) -> npt.NDArray[np.bool_]: ...
@@ -74,6 +78,10 @@ class ResidueVocabulary:
     @cached_property
     def residues_V(self) -> Ids:
         return np.array([token in RESIDUES for token in TOKENS], dtype=np.int64)
+
+    @cached_property
+    def letters_V(self) -> Ids:
+        return np.array([len(self.decode(np.array([token]))) for token in range(self.size)], dtype=np.int64)
 
     @property
     def plain_V(self) -> npt.NDArray[np.bool_]:
@@ -121,14 +129,19 @@ class BytePairVocabulary:
 
     @cached_property
     def _texts(self) -> list[str]:
-        return [
-            "" if token in (self.start, self.end) else self._tokenizer.decode([token], skip_special_tokens=False)
-            for token in range(self.size)
-        ]
+        texts: list[str] = self._tokenizer.decode_batch(
+            [[token] for token in range(self.size)], skip_special_tokens=False
+        )
+        texts[self.start] = texts[self.end] = ""
+        return texts
 
     @cached_property
     def residues_V(self) -> Ids:
         return np.array([sum(letter in RESIDUES for letter in text) for text in self._texts], dtype=np.int64)
+
+    @cached_property
+    def letters_V(self) -> Ids:
+        return np.array([len("".join(text.split())) for text in self._texts], dtype=np.int64)
 
     @cached_property
     def plain_V(self) -> npt.NDArray[np.bool_]:
