@@ -7,13 +7,13 @@ Shapes: B sequences, T tokens, D width, H heads, K head width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import nn
-from typing_extensions import Self
 
 from ..kernels.add_norm import add_norm
 from ..kernels.linear import needs_widening
@@ -25,6 +25,9 @@ from .encoder import LayerNorm, Linear
 from .packing import PackedBatch
 from .transfer import to_device
 from .vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Attend = Callable[[int, Product], torch.Tensor]
 """What a layer's attention does with its product (N, 3 H K), queries, then keys, then values: (N, H K)."""
