@@ -123,7 +123,9 @@ class TransformersModel:
 
     def __init__(self, folder: Path, *, precision: str, device: torch.device) -> None:
         if importlib.util.find_spec("transformers") is None:
-            message = "transformers is not installed, and generation is measured beside it: pip install 'protnest[bench]'"
+            message = (
+                "transformers is not installed, and generation is measured beside it: pip install 'protnest[bench]'"
+            )
             raise RuntimeError(message)
         from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
         from transformers.utils import logging

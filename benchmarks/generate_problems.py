@@ -145,8 +145,3 @@ def layer_shapes(config: DecoderConfig) -> tuple[tuple[int, int], ...]:
     """Inputs and outputs of a layer's four products."""
     D, inner = config.width, config.feedforward
     return ((D, 3 * D), (D, D), (D, inner), (inner, D))
-
-
-def step_shapes(config: DecoderConfig) -> tuple[tuple[int, int], ...]:
-    """Inputs and outputs of every product of a step, the head's last."""
-    return (*layer_shapes(config) * config.layers, (config.width, config.vocabulary))
