@@ -6,8 +6,8 @@
 
 Shapes are those of ProtGPT2 and its published students, with random weights. The pipeline runs one sequence a call, as
 published; ours runs singly and in batches, transformers' `generate` in batches. Likelihoods and the likeliest sequence
-are compared before anything is timed, and a difference ends the run with exit code 1. See `benchmarks/README.md` for the
-method and for what each key of a row means.
+are compared before anything is timed, and a difference ends the run with exit code 1. `benchmarks/README.md` has the
+method and what each key of a row means.
 """
 
 from __future__ import annotations
@@ -159,8 +159,8 @@ def _engine(row: Row) -> str:
 def _speed_table(rows: Sequence[Row]) -> Table:
     first = rows[0]
     title = (
-        f"{first['shape']}, {SHAPE_NAMES.get(first['shape'], 'other')}: {first['tokens']} tokens a sequence, medians of "
-        f"{first['pairs']} turns"
+        f"{first['shape']}, {SHAPE_NAMES.get(first['shape'], 'other')}: {first['tokens']} tokens a sequence, medians "
+        f"of {first['pairs']} turns"
     )
     numbers = ("batch", "residues/s", "first s", "pipeline x", "generate x", "ms a step", "of ceiling", "peak MB")
     table = _table(title, ["engine"], numbers)

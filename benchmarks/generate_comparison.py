@@ -205,11 +205,14 @@ class GenerateCourse:
             **named("first_sequence_seconds", spread([each.first_seconds for each in passes])),
             **named("ms_per_step", ms_per_step),
             **self._ratios("times_pipeline", self._peer(PIPELINE, engine), engine, answers),
-            **self._ratios("times_generate", self._peer(GENERATE, engine), engine, answers),
+            **self._ratios(
+                "times_generate", self._peer(GENERATE, engine) if engine.batch > 1 else None, engine, answers
+            ),
             "max_difference": self.differences[engine.precision] if engine.name == OURS else None,
             **ceiling,
             "percent_of_ceiling": 100 * ceiling["ceiling_ms_per_step"] / ms_per_step.median,
             "weights_bytes": self._problem.parameters * _WEIGHT_BYTES[engine.precision],
+            "libraries_bytes": None if memory is None else memory.libraries_bytes,
             "load_peak_bytes": None if memory is None else memory.load_peak_bytes,
             "held_bytes": None if memory is None else memory.held_bytes,
             "peak_bytes": None if memory is None else memory.peak_bytes[engine.batch],
@@ -220,9 +223,9 @@ class GenerateCourse:
         found = {engine.precision: engine for engine in self.engines if engine.name == name}
         return found.get(own.precision, found["fp32"])
 
-    def _ratios(self, name: str, peer: Engine, own: Engine, answers: dict[Engine, list[Answer]]) -> Row:
+    def _ratios(self, name: str, peer: Engine | None, own: Engine, answers: dict[Engine, list[Answer]]) -> Row:
         """Ours over the peer's, turn by turn: tokens a second, the same of CPU time, and residues a second."""
-        if own.name != OURS:
+        if own.name != OURS or peer is None:
             return {key: None for each in (name, f"{name}_cpu", f"{name}_residues") for key in named(each, None)}
         turns = list(zip(answers[own], answers[peer], strict=True))
         cpu = [_per_cpu_second(mine) / _per_cpu_second(theirs) for mine, theirs in turns] if self._counts_cpu else None
@@ -241,10 +244,8 @@ class GenerateCourse:
         read = read_gbytes_per_s(device, size_bytes=min(size, _MOST_READ_BYTES), repeats=3)
         layer, head = layer_shapes(config), ((config.width, config.vocabulary),)
         layers_flops, head_flops = (2 * engine.batch * _products(shapes) for shapes in (layer * config.layers, head))
-        seconds = sum(
-            flops / _gflops(shapes, engine, device) / 1e9
-            for flops, shapes in ((layers_flops, layer), (head_flops, head))
-        )
+        parts = ((layers_flops, layer), (head_flops, head))
+        seconds = sum(flops / _gflops(shapes, engine, device) / 1e9 for flops, shapes in parts)
         flops = layers_flops + head_flops
         times_ms = {"reading weights": size / read / 1e6, "products": 1e3 * seconds}
         # One row's product is a reading of its weights: its rate says nothing else.

@@ -1,11 +1,11 @@
 """Who generates: transformers' text-generation pipeline and `generate`, and ours, with the same weights and settings.
 
-The pipeline is what was published: one sequence a call, its text given back. `generate` is transformers' own batch: all
-sequences at once, with a cache, in inference mode, attention by torch's SDPA; its text is decoded in the time, too. Ours
-is `Generator`, one sequence or a batch at a time.
+The pipeline is what was published: one sequence a call, its text given back. `generate` is transformers' own batch:
+all sequences at once, with a cache, in inference mode, attention by torch's SDPA; its text is decoded in the time, too.
+Ours is `Generator`, one sequence or a batch at a time.
 
-All sample with a temperature of 1, top-k 950 and a repetition penalty of 1.2. All begin with `<|endoftext|>` and the line
-break that ProtGPT2's training text has after it; the published benchmark left the line break out.
+All sample with a temperature of 1, top-k 950 and a repetition penalty of 1.2. All begin with `<|endoftext|>` and the
+line break that ProtGPT2's training text has after it; the published benchmark left the line break out.
 """
 
 from __future__ import annotations
@@ -123,9 +123,7 @@ class TransformersModel:
 
     def __init__(self, folder: Path, *, precision: str, device: torch.device) -> None:
         if importlib.util.find_spec("transformers") is None:
-            message = (
-                "transformers is not installed, and generation is measured beside it: pip install 'protnest[bench]'"
-            )
+            message = "transformers is not installed, and generation is measured beside it (pip install transformers)"
             raise RuntimeError(message)
         from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
         from transformers.utils import logging
@@ -281,8 +279,8 @@ def load_ours(folder: Path, *, precision: str, device: torch.device) -> Decoder:
 
 
 def check_decoder(decoder: Decoder, theirs: TransformersModel, *, seed: int = 0) -> float:
-    """Compares a decoder of ours with transformers' in fp32: every token's log-likelihood, and in fp32 what is generated
-    when the likeliest token is always taken.
+    """Compares a decoder of ours with transformers' in fp32: every token's log-likelihood, and in fp32 what is
+    generated when the likeliest token is always taken.
 
     Args:
         decoder: of any precision.

@@ -2,9 +2,9 @@
 
     python -m protnest.benchmarks.generate_memory '{"maker": "protnest", "folder": ..., ...}'
 
-is the other side: it loads the model, generates at each batch, and prints one JSON object. What its process holds before
-the model is loaded, libraries above all, is no part of the figures; on a GPU they are those of torch's allocator, as in
-the published table.
+is the other side: it loads the model, generates at each batch, and prints one JSON object. What its process holds
+before the model is loaded, libraries above all, is told apart; on a GPU all figures are those of torch's allocator, as
+in the published table.
 """
 
 from __future__ import annotations
@@ -13,15 +13,23 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from protnest.benchmarks.generate_engines import OURS, Batched, Engine, Ours, Pipeline, TransformersModel, load_ours
+from protnest.benchmarks.generate_problems import Problem
 from protnest.benchmarks.memory import PeakMemory
+from protnest.engine.decoder_config import DecoderConfig
 
 TRANSFORMERS = "transformers"
+_NO_SIZE = Problem(
+    shape="none",
+    tokens=8,
+    config=DecoderConfig(layers=1, width=16, heads=2, feedforward=32, vocabulary=300, places=8),
+)
 _SECONDS = 1800.0
 _ERROR_CHARACTERS = 1000
 
@@ -54,11 +62,13 @@ class MemoryUse:
     """Bytes beyond what was held before the model was loaded; None where the system does not tell.
 
     Attributes:
+        libraries_bytes: held before it, by Python and all that is imported: no part of the others.
         load_peak_bytes: at the peak of loading.
         held_bytes: after it.
         peak_bytes: at the peak of generating, by batch.
     """
 
+    libraries_bytes: int | None
     load_peak_bytes: int | None
     held_bytes: int | None
     peak_bytes: dict[int, int | None]
@@ -76,25 +86,21 @@ def watch(task: MemoryTask) -> MemoryUse:
         ValueError: there is no such maker.
         RuntimeError: transformers is not installed.
     """
-    device, folder = torch.device(task.device), Path(task.folder)
-    torch.set_num_threads(task.threads)
-    make: Callable[[int], Engine]
-    if task.maker == TRANSFORMERS:
-        _import_transformers()
-        before = PeakMemory(device)
-        theirs = TransformersModel(folder, precision=task.precision, device=device)
-
-        def make(batch: int) -> Engine:
-            return transformers_engine(theirs, tokens=task.tokens, batch=batch)
-    elif task.maker == OURS:
-        before = PeakMemory(device)
-        decoder = load_ours(folder, precision=task.precision, device=device)
-
-        def make(batch: int) -> Engine:
-            return Ours(decoder, batch=batch)
-    else:
-        message = f"no maker {task.maker!r}; allowed are {TRANSFORMERS}, {OURS}"
+    if task.maker not in _MAKERS:
+        message = f"no maker {task.maker!r}; allowed are {', '.join(_MAKERS)}"
         raise ValueError(message)
+    torch.set_num_threads(task.threads)
+    load = _MAKERS[task.maker]
+    # What a first step imports is hundreds of megabytes of libraries: a model of no size fetches it before.
+    with tempfile.TemporaryDirectory() as folder:
+        _NO_SIZE.write(Path(folder))
+        make = load(replace(task, folder=folder, tokens=_NO_SIZE.tokens))
+        for batch in (1, 2):
+            make(batch).generate(batch)
+        del make
+    device = torch.device(task.device)
+    before = PeakMemory(device)
+    make = load(task)
     load_peak = before.growth_bytes()
     held = PeakMemory(device).held_bytes
     peaks: dict[int, int | None] = {}
@@ -103,7 +109,12 @@ def watch(task: MemoryTask) -> MemoryUse:
         peak = PeakMemory(device)
         engine.generate(batch)
         peaks[batch] = _beyond(_sum(peak.held_bytes, peak.growth_bytes()), before.held_bytes)
-    return MemoryUse(load_peak_bytes=load_peak, held_bytes=_beyond(held, before.held_bytes), peak_bytes=peaks)
+    return MemoryUse(
+        libraries_bytes=before.held_bytes,
+        load_peak_bytes=load_peak,
+        held_bytes=_beyond(held, before.held_bytes),
+        peak_bytes=peaks,
+    )
 
 
 def _sum(one: int | None, other: int | None) -> int | None:
@@ -114,12 +125,17 @@ def _beyond(whole: int | None, before: int | None) -> int | None:
     return None if whole is None or before is None else max(0, whole - before)
 
 
-def _import_transformers() -> None:
-    """What it loads lazily is its library, not its model."""
-    try:
-        from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast, TextGenerationPipeline  # noqa: F401
-    except ImportError:
-        return  # `TransformersModel` says so.
+def _load_transformers(task: MemoryTask) -> Callable[[int], Engine]:
+    theirs = TransformersModel(Path(task.folder), precision=task.precision, device=torch.device(task.device))
+    return lambda batch: transformers_engine(theirs, tokens=task.tokens, batch=batch)
+
+
+def _load_ours(task: MemoryTask) -> Callable[[int], Engine]:
+    decoder = load_ours(Path(task.folder), precision=task.precision, device=torch.device(task.device))
+    return lambda batch: Ours(decoder, batch=batch)
+
+
+_MAKERS = {TRANSFORMERS: _load_transformers, OURS: _load_ours}
 
 
 def measure_memory(task: MemoryTask) -> MemoryUse:
