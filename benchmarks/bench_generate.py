@@ -38,7 +38,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "generate.jsonl"
 PRECISIONS = {"cpu": ("fp32", "bf16", "int8"), "cuda": ("fp32", "bf16", "fp16")}
 
 _QUICK_SHAPES = ("tiny", "micro")
-_QUICK_TOKENS = 32
+_QUICK_TOKENS = 24
 # On a CPU a batch of the large ones takes seconds a step.
 _FEWER_TOKENS = {"protgpt2": 24, "medium": 64}
 
@@ -219,7 +219,7 @@ def _published_table(rows: Sequence[Row]) -> Table:
 
 def generate(
     quick: Annotated[
-        bool, typer.Option("--quick", help="39M and 16M, 32 tokens, 3 turns: about 3 minutes on one core.")
+        bool, typer.Option("--quick", help="39M and 16M, 24 tokens, 3 turns: about 3 minutes on one core.")
     ] = False,
     shapes: Annotated[
         str | None,
@@ -232,7 +232,7 @@ def generate(
         typer.Option(
             help="Of each sequence, the two of the prompt counted.",
             min=3,
-            show_default="200; on a CPU protgpt2 24, medium 64; quick 32",
+            show_default="200; on a CPU protgpt2 24, medium 64; quick 24",
         ),
     ] = None,
     pairs: Annotated[int, typer.Option(help="Turns of transformers with ours.", min=2)] = 5,

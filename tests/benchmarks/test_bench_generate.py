@@ -128,7 +128,6 @@ def test_the_stand_in_is_as_large_and_stands_for_about_four_residues() -> None:
     assert "LLLL" in vocabulary.tokens
     assert "WWWW" not in vocabulary.tokens
     assert vocabulary.decode(vocabulary.encode("MKTAYIAKQR")) == "MKTAYIAKQR"
-    assert len(vocabulary.encode("LLLLAAAA")) == 5
     assert stand_in_vocabulary(257).size == 257
     with pytest.raises(ValueError, match="size is 256, expected 257 to 168,657"):
         stand_in_vocabulary(256)
@@ -404,7 +403,7 @@ def test_a_process_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.Monke
         measure_memory(task)
 
     def late(*given: Any, timeout: float, **options: Any) -> None:
-        raise subprocess.TimeoutExpired("python", timeout)
+        raise subprocess.TimeoutExpired(list(given), timeout)
 
     monkeypatch.setattr(subprocess, "run", late)
     with pytest.raises(RuntimeError, match="took more than 1800 s"):
@@ -454,7 +453,7 @@ def test_plans_of_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = {each.shape: each.tokens for each in plan_problems(CPU)}
     assert lengths == {"protgpt2": 24, "medium": 64, "small": 200, "tiny": 200, "micro": 200}
     assert {each.tokens for each in plan_problems(CUDA)} == {200}
-    assert {each.shape: each.tokens for each in plan_problems(CPU, quick=True)} == {"tiny": 32, "micro": 32}
+    assert {each.shape: each.tokens for each in plan_problems(CPU, quick=True)} == {"tiny": 24, "micro": 24}
     own = plan_problems(CPU, shapes="micro,protgpt2", tokens=9, quick=True)
     assert [(each.shape, each.tokens) for each in own] == [("protgpt2", 9), ("micro", 9)]
 

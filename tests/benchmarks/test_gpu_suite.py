@@ -224,7 +224,9 @@ def test_wrong_usage_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "no 9M; allowed are 8M" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         gpu.main(["--out", out, "--sections", "test"])
-    assert "allowed are tests,parity,kernels,kd,graphs,generate,throughput" in capsys.readouterr().err.replace(", ", ",")
+    assert "allowed are tests,parity,kernels,kd,graphs,generate,throughput" in capsys.readouterr().err.replace(
+        ", ", ","
+    )
 
 
 def test_shapes_cover_the_published_head_widths() -> None:
