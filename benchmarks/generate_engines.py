@@ -207,6 +207,7 @@ class Pipeline:
 
         self._pipeline.postprocess = counted
 
+    @torch.inference_mode()
     def generate(self, count: int, *, first: int = 0) -> Answer:
         self._lengths.clear()
         clock, texts = _Clock(self._device), []
