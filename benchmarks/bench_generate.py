@@ -13,7 +13,7 @@ method and what each key of a row means.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -99,8 +99,21 @@ def plan_problems(
         raise typer.BadParameter(str(error)) from error
 
 
-def run_generation(problems: Sequence[Problem], plan: GeneratePlan, console: Console) -> list[Row]:
+def run_generation(
+    problems: Sequence[Problem],
+    plan: GeneratePlan,
+    console: Console,
+    *,
+    keep: Callable[[Sequence[Row]], object] = lambda rows: None,
+) -> list[Row]:
     """Rows of every shape, then those of the family, then the published ones.
+
+    Args:
+        problems: what is generated with.
+        plan: how it is measured.
+        console: told what begins.
+        keep: given the rows of each shape once they are there, then the others, so that a run which is killed leaves
+            what it has.
 
     Raises:
         ParityError: an answer of ours is wrong, or sequences have other lengths than they should.
@@ -113,8 +126,13 @@ def run_generation(problems: Sequence[Problem], plan: GeneratePlan, console: Con
     if "bf16" in plan.precisions and not multiplies_bf16(plan.device):
         tell("bf16: no units for it here, so that its products run in fp32")
     facts = machine_facts(plan.device) | {"suite": "generate"}
-    rows = [row for problem in problems for row in compare_generation(problem, plan, tell)]
-    return [facts | row for row in [*rows, *family_rows(rows), *published_rows()]]
+    rows: list[Row] = []
+    for problem in problems:
+        rows += (found := [facts | row for row in compare_generation(problem, plan, tell)])
+        keep(found)
+    rows += (others := [facts | row for row in [*family_rows(rows), *published_rows()]])
+    keep(others)
+    return rows
 
 
 def generation_tables(rows: Sequence[Row]) -> list[Table]:
@@ -256,11 +274,10 @@ def generate(
         plan = plan_generation(
             where, precisions=precisions, pairs=pairs, batch=batch, memory=memory, seed=seed, quick=quick
         )
-        rows = run_generation(problems, plan, console)
+        rows = run_generation(problems, plan, console, keep=lambda rows: append_rows(out, rows))
     except (ParityError, InputError, ValueError, RuntimeError) as error:
         console.print(f"error: {error}", style="red", markup=False, highlight=False)
         raise typer.Exit(1) from error
-    append_rows(out, rows)
     if json_output:
         typer.echo(json.dumps({"suite": "generate", "device": str(where), "rows": rows}, allow_nan=False))
     else:

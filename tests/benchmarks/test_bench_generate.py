@@ -532,6 +532,20 @@ def test_a_run_appends_rows_of_all_parts(run: Any, monkeypatch: pytest.MonkeyPat
     assert "bf16: no units for it here" in result.output
 
 
+def test_a_run_that_fails_keeps_the_shapes_that_are_done(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compare(problem: Problem, plan: GeneratePlan, tell: Any) -> list[dict[str, Any]]:
+        if problem.shape == "micro":
+            message = "the machine is full"
+            raise RuntimeError(message)
+        return [{"part": "speed", "shape": problem.shape}]
+
+    monkeypatch.setattr(bench_generate, "compare_generation", compare)
+    result, rows = run("--shapes", "tiny,micro")
+    assert result.exit_code == 1
+    assert "error: the machine is full" in result.output
+    assert [row["shape"] for row in rows] == ["tiny"]
+
+
 def test_json_is_one_object_and_memory_can_be_left_out(run: Any) -> None:
     pytest.importorskip("transformers")
     result, rows = run("--shapes", "tiny", "--precisions", "fp32", "--tokens", "5", "--no-memory", "--json", "--quick")
