@@ -7,6 +7,7 @@ break inside. A decoder over the amino-acid alphabet reads `<cls>`, one token a 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +26,10 @@ LINE_RESIDUES = 60
 Ids = npt.NDArray[np.int64]
 
 
+def _hash(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
 class Vocabulary(Protocol):
     """Tokens of a decoder.
 
@@ -35,6 +40,7 @@ class Vocabulary(Protocol):
         tokens: V spellings by id, no two alike: whether two models share a vocabulary is read from them.
         residues_V: int64 (V,), residues that each token stands for; 0 for line breaks and special tokens.
         plain_V: bool (V,), tokens that are made of residues and line breaks alone.
+        fingerprint: hash of all that decides how proteins are spelt; the tokens alone do not.
     """
 
     size: int
@@ -49,6 +55,9 @@ class Vocabulary(Protocol):
 
     @property
     def plain_V(self) -> npt.NDArray[np.bool_]: ...
+
+    @property
+    def fingerprint(self) -> str: ...
 
     def encode(self, sequence: str, *, whole: bool = True) -> Ids:
         """Ids of a protein with its start, and with its end where it is whole."""
@@ -70,6 +79,7 @@ class ResidueVocabulary:
     start = BOS_ID
     end = EOS_ID
     tokens = TOKENS
+    fingerprint = _hash(" ".join(TOKENS))
 
     @cached_property
     def residues_V(self) -> Ids:
@@ -133,6 +143,10 @@ class BytePairVocabulary:
     @cached_property
     def plain_V(self) -> npt.NDArray[np.bool_]:
         return np.array([bool(text) and not text.strip("\n" + RESIDUES) for text in self._texts])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return _hash(self._tokenizer.to_str())
 
     def encode(self, sequence: str, *, whole: bool = True) -> Ids:
         lines = [sequence[begin : begin + LINE_RESIDUES] for begin in range(0, len(sequence), LINE_RESIDUES)]
