@@ -35,7 +35,7 @@ from support.tiny import random_proteins
 
 # With a line break inside, and an X; the models have 96 places.
 WILD_TYPE = "MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQAPILSRVGDGTQDNLSGXEKAVQVKVKALPDA"
-SUBSTITUTIONS = ["M1A", "A65W", "K2A:X51K", "WT", "M1A", "A4A", "Q59C:V60W:K61D"]
+SUBSTITUTIONS = ["M1A", "A65W", "K2A:X51K", "WT", "M1A", "A4A", "V59C:K60W:A61D"]
 INDELS = [WILD_TYPE[1:], WILD_TYPE[:20] + "GG" + WILD_TYPE[20:], "M", WILD_TYPE + "A", WILD_TYPE[::-1]]
 METHOD: Any = "pseudo-ll"
 TOLERANCE = 5e-5
@@ -102,7 +102,6 @@ def test_log_likelihoods_are_transformers_loss(pair: tuple[Any, Decoder]) -> Non
         with torch.no_grad():
             loss = copy.deepcopy(model).double()(ids, labels=ids).loss
         assert value == pytest.approx(-float(loss) * (ids.shape[1] - 1), abs=TOLERANCE)
-
 
 
 def test_a_uniform_model_by_hand(decoder: Decoder) -> None:
@@ -212,7 +211,7 @@ def test_what_does_not_fit_alone(decoder: Decoder) -> None:
     with _seen(20), pytest.raises(InputError, match=f"^{problem}"):
         score_variants(decoder, WILD_TYPE, ["M1A"], method=METHOD)
     ids = [decoder.vocabulary.encode(each) for each in ("MK", "M", WILD_TYPE, "MKT")]
-    with _seen(20), pytest.raises(DoesNotFit, match="^sequence 2: ") as caught:
+    with _seen(20), pytest.raises(DoesNotFit, match=r"^sequence 2: ") as caught:
         DecoderBatches(decoder).run(ids, lambda rows, batch: decoder.log_likelihoods(batch) and None)
     assert caught.value.row == 2
 
