@@ -24,7 +24,7 @@ from .decoder_batches import DecoderBatches
 from .errors import InputError
 from .packing import PackedBatch
 from .retry import DoesNotFit
-from .vocabulary import LINE_RESIDUES, Ids, Vocabulary
+from .vocabulary import Ids, Vocabulary, most_tokens
 
 Floats = npt.NDArray[np.float64]
 
@@ -75,9 +75,7 @@ class Reach:
 
     def check(self, sequence: str) -> None:
         """Raises InputError for a protein of more tokens than places."""
-        # A token is a letter or a line break at least, beside start and end: most proteins need no spelling.
-        most = len(sequence) + -(-len(sequence) // LINE_RESIDUES) + 3
-        if most > self.places:
+        if most_tokens(len(sequence)) > self.places:
             self.check_tokens(sequence, len(self.vocabulary.encode(sequence)))
 
     def check_tokens(self, sequence: str, tokens: int) -> None:

@@ -30,6 +30,11 @@ def _hash(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
+def most_tokens(residues: int) -> int:
+    """Most tokens that any vocabulary spells a whole protein with: a letter or a line break each, start and end."""
+    return residues + -(-residues // LINE_RESIDUES) + 3
+
+
 class Vocabulary(Protocol):
     """Tokens of a decoder.
 

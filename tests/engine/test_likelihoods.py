@@ -186,6 +186,7 @@ def test_batches_that_do_not_fit_are_cut(
     # Learnt once, and kept from round to round.
     assert 1 <= len(failed) <= 3
     assert 1 <= len(caplog.messages) <= 3
+    assert f"a batch of {min(map(sum, failed))} tokens does not fit" in caplog.text
     assert sum(done) == sum(map(len, sequences))
 
 
