@@ -38,7 +38,7 @@ from support.tiny import write_fasta
 
 # The last two are longer than the models' 96 places, in residues and in byte pairs.
 PROTEINS = [protein[:length] for protein, length in zip(example_proteins(), (30, 1, 61, 12, 120, 3), strict=False)]
-LONG = ["MKTAYIAKQR" * 9 + "ACD", "".join(example_proteins())[:600]]
+LONG = ["MKTAYIAKQR" * 9 + "ACD", "W" * 96, "".join(example_proteins())[:600]]
 
 
 @pytest.fixture(scope="module", params=["pairs", "residues"])
