@@ -67,7 +67,9 @@ def load_encoder(model: str | Path = DEFAULT_MODEL, *, device: str = "auto", pre
     """
     found = load_model(model, device=device, precision=precision)
     if not isinstance(found, Encoder):
-        message = f"{found.name} is a decoder, which generates and can be evaluated; this takes an encoder"
+        message = (
+            f"{found.name} is a decoder, which generates, scores variants and can be evaluated; this takes an encoder"
+        )
         raise InputError(message)
     return found
 

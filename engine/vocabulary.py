@@ -7,6 +7,7 @@ break inside. A decoder over the amino-acid alphabet reads `<cls>`, one token a 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +26,15 @@ LINE_RESIDUES = 60
 Ids = npt.NDArray[np.int64]
 
 
+def _hash(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def most_tokens(residues: int) -> int:
+    """Most tokens that any vocabulary spells a whole protein with: a letter or a line break each, start and end."""
+    return residues + -(-residues // LINE_RESIDUES) + 3
+
+
 class Vocabulary(Protocol):
     """Tokens of a decoder.
 
@@ -36,6 +46,7 @@ class Vocabulary(Protocol):
         residues_V: int64 (V,), residues that each token stands for; 0 for line breaks and special tokens.
         letters_V: int64 (V,), letters that each token stands for in `decode`, those that are no residues counted.
         plain_V: bool (V,), tokens that are made of residues and line breaks alone.
+        fingerprint: hash of all that decides how proteins are spelt; the tokens alone do not.
     """
 
     size: int
@@ -53,6 +64,9 @@ class Vocabulary(Protocol):
 
     @property
     def plain_V(self) -> npt.NDArray[np.bool_]: ...
+
+    @property
+    def fingerprint(self) -> str: ...
 
     def encode(self, sequence: str, *, whole: bool = True) -> Ids:
         """Ids of a protein with its start, and with its end where it is whole."""
@@ -74,6 +88,7 @@ class ResidueVocabulary:
     start = BOS_ID
     end = EOS_ID
     tokens = TOKENS
+    fingerprint = _hash(" ".join(TOKENS))
 
     @cached_property
     def residues_V(self) -> Ids:
@@ -146,6 +161,10 @@ class BytePairVocabulary:
     @cached_property
     def plain_V(self) -> npt.NDArray[np.bool_]:
         return np.array([bool(text) and not text.strip("\n" + RESIDUES) for text in self._texts])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return _hash(self._tokenizer.to_str())
 
     def encode(self, sequence: str, *, whole: bool = True) -> Ids:
         lines = [sequence[begin : begin + LINE_RESIDUES] for begin in range(0, len(sequence), LINE_RESIDUES)]
