@@ -14,17 +14,24 @@ if TYPE_CHECKING:
 
 def bench(
     suite: Annotated[
-        Literal["embed", "nested", "kd", "score"],
+        Literal["embed", "nested", "kd", "score", "generate"],
         typer.Option(
             help="Embedding beside peers; nesting beside its models; the distillation loss beside peers; scores of "
-            "variants beside fair-esm's loop."
+            "variants beside fair-esm's loop; generating beside transformers."
         ),
     ] = "embed",
     quick: Annotated[bool, typer.Option("--quick", help="Minutes instead of hours: little data, few pairs.")] = False,
-    shapes: Annotated[str, typer.Option(help="embed: published sizes, with commas between.")] = "8M,35M",
+    shapes: Annotated[
+        str | None,
+        typer.Option(
+            help="embed: published sizes, with commas between; generate: protgpt2, medium, small, tiny, micro.",
+            show_default="8M,35M; generate all, quick tiny,micro",
+        ),
+    ] = None,
     mix: Annotated[str, typer.Option(help="embed: uniprot, uniform, antibody, with commas between.")] = "uniprot",
     precisions: Annotated[
-        str | None, typer.Option(help="embed, score: of ours, with commas between.", show_default="all of the device's")
+        str | None,
+        typer.Option(help="embed, score, generate: of ours, with commas between.", show_default="all of the device's"),
     ] = None,
     sequences: Annotated[
         int | None, typer.Option(help="embed, nested: proteins.", min=1, show_default="200; nested 6")
@@ -34,6 +41,11 @@ def bench(
         int | None,
         typer.Option(help="score: residues of each pass, of those with variants.", min=1, show_default="48; GPU all"),
     ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(help="generate: of each sequence.", min=3, show_default="200, of large models on a CPU fewer"),
+    ] = None,
+    batch: Annotated[int, typer.Option(help="generate: sequences of a batch.", min=2)] = 64,
     model: Annotated[
         str | None,
         typer.Option(help="score: name, folder or .pt file.", show_default="8M beside the checkout, or random"),
@@ -73,14 +85,13 @@ def bench(
     given = {
         **{"shapes": shapes, "mix": mix, "precisions": precisions, "sequences": sequences, "pairs": pairs},
         **{"peers": peers, "fasta": fasta, "esm_cpp_python": esm_cpp_python, "seed": seed},
-        **{"positions": positions, "model": model},
+        **{"positions": positions, "model": model, "tokens": tokens, "batch": batch},
     }
     if where.type == "cuda":
         torch.cuda.reset_peak_memory_stats(where)
     try:
-        rows, tables = {"embed": _embed, "nested": _nested, "kd": _kd, "score": _score}[suite](
-            where, quick, given, console
-        )
+        run = {"embed": _embed, "nested": _nested, "kd": _kd, "score": _score, "generate": _generate}[suite]
+        rows, tables = run(where, quick, given, console)
     except (ParityError, RuntimeError, ValueError) as error:
         # Errors that a user can mend are known to the command line already, also by these names.
         if type(error) not in (ParityError, RuntimeError, ValueError):
@@ -121,7 +132,7 @@ def _embed(
     peers = given["peers"]
     try:
         settings = EmbedSettings(
-            shapes=split_words(given["shapes"], list(SHAPES), "--shapes"),
+            shapes=split_words(given["shapes"] or "8M,35M", list(SHAPES), "--shapes"),
             mixes=split_words(given["mix"], MIXES, "--mix"),
             sequences=given["sequences"] or 200,
             pairs=given["pairs"] or 5,
@@ -170,3 +181,15 @@ def _score(
     options = {name: given[name] for name in ("precisions", "positions", "pairs")}
     rows = run_scores(plan_scores(device, **options, quick=quick), console, model=given["model"], seed=given["seed"])
     return rows, score_tables(rows)
+
+
+def _generate(
+    device: Any, quick: bool, given: dict[str, Any], console: Console
+) -> tuple[list[dict[str, Any]], list[Table]]:
+    from .bench_generate import generation_tables, plan_generation, plan_problems, run_generation
+
+    options = {name: given[name] for name in ("precisions", "pairs", "batch", "seed")}
+    plan = plan_generation(device, **options, quick=quick)
+    wanted = {name: given[name] for name in ("shapes", "tokens", "seed")}
+    rows = run_generation(plan_problems(device, **wanted, quick=quick), plan, console)
+    return rows, generation_tables(rows)
