@@ -89,9 +89,11 @@ def make_problem(name: str, *, batches: int, seed: int = 0) -> TrainProblem:
     groups = [list(range(begin, begin + BATCH_SEQUENCES)) for begin in range(0, len(proteins), BATCH_SEQUENCES)]
     student_name, teacher_name = PROBLEMS[name]
     task: RowTask
+    teacher: Encoder | Decoder
     if name == "micro":
         vocabulary = _PairVocabulary()
-        student, teacher = (Decoder(DECODER_PRESETS[each], vocabulary, name=each) for each in PROBLEMS[name])
+        student = Decoder(DECODER_PRESETS[student_name], vocabulary, name=student_name)
+        teacher = Decoder(DECODER_PRESETS[teacher_name], vocabulary, name=teacher_name)
         rng = np.random.default_rng(seed)
         pieces = [rng.integers(vocabulary.size, size=2 + len(each) // _RESIDUES_A_PAIR) for each in proteins]
         cu_seqlens = np.cumsum([0, *map(len, pieces)])
