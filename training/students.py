@@ -68,7 +68,11 @@ def build_student(
         hint = f"did you mean {close[0]!r}? " if close else ""
         message = f"no student {student!r}: {hint}it is neither a preset ({', '.join(PRESETS)}) nor a folder here"
         raise InputError(message)
-    return load_model(Path(student), device="cpu", precision="fp32").requires_grad_(True)
+    model = load_model(Path(student), device="cpu", precision="fp32").requires_grad_(True)
+    for parameter in model.parameters():
+        # A decoder is loaded with its matrices lying the other way round, which sharding refuses.
+        parameter.data = parameter.data.contiguous()
+    return model
 
 
 def _vocabulary(student: str, vocabulary: Vocabulary | str | Path | None) -> Vocabulary:

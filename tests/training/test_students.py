@@ -75,7 +75,9 @@ def test_presets_and_folders(tmp_path: Path) -> None:
     assert from_teacher.config.vocabulary == 400  # type: ignore[union-attr]
     again = build_student(str(save_toy(tmp_path / "toy", toy_encoder())))
     assert again.config == TOY
-    for model in (encoder, gpt, micro, again):
+    decoder = build_student(str(save_toy(tmp_path / "toy decoder", toy_decoder())))
+    for model in (encoder, gpt, micro, again, decoder):
+        assert all(parameter.is_contiguous() for parameter in model.parameters())
         assert all(parameter.requires_grad for parameter in model.parameters())
         assert all(parameter.isfinite().all() for parameter in model.parameters())
 
