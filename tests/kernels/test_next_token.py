@@ -62,7 +62,12 @@ def _poison() -> Iterator[None]:
 def _chooser(impl: str, ops: ModuleType = module) -> Choose:
     """`next_token` of an implementation, or of C++ at one level."""
     if impl not in LEVELS:
-        return functools.partial(ops.next_token, impl=impl)
+
+        def choose_by_name(logits: Any, seen_SV: Any, slots_B: Any, limits: Limits, *rest: Any) -> Any:
+            # Limits of a broken twin are broken, too.
+            return ops.next_token(logits, seen_SV, slots_B, ops.Limits(*limits), *rest, impl=impl)
+
+        return choose_by_name
 
     def choose_at_level(*given: Any) -> Any:
         with mock.patch.object(ops, "cpu_level", lambda: impl):
@@ -391,9 +396,15 @@ def test_inputs_are_left_alone(impl: str, left: str) -> None:
     case = make_cached(123, BOTH, left=left)
     uniform_B = torch.linspace(0.1, 0.9, 6, dtype=torch.float64)
     before = [part.clone() for part in (*_tensors(case), uniform_B)]
-    next_token(case.logits, case.seen_SV, case.slots_B, case.limits, uniform_B, case.filters, impl=impl.replace(
-        "portable", "cpu"
-    ))
+    next_token(
+        case.logits,
+        case.seen_SV,
+        case.slots_B,
+        case.limits,
+        uniform_B,
+        case.filters,
+        impl=impl.replace("portable", "cpu"),
+    )
     for part, copy in zip((*_tensors(case), uniform_B), before, strict=True):
         assert torch.equal(part, copy)
 
@@ -403,14 +414,10 @@ def test_inputs_of_other_layouts() -> None:
     case = make_cached(123, BOTH, left="integers")
     uniform_B = torch.linspace(0.1, 0.9, 6, dtype=torch.float64)
     expected = case.run(_chooser("cpu"), uniform_B)
-    strided = [
-        part.T.contiguous().T if part.dim() == 2 else part.repeat_interleave(2)[::2] for part in _tensors(case)
-    ]
+    strided = [part.T.contiguous().T if part.dim() == 2 else part.repeat_interleave(2)[::2] for part in _tensors(case)]
     seen_SV, slots_B, sizes_V, room_B, may_end_B = strided[6:]
     limits = Limits(sizes_V, case.limits.end, room_B, may_end_B)
-    turned = dataclasses.replace(
-        case, logits=Product.of(strided[:6]), seen_SV=seen_SV, slots_B=slots_B, limits=limits
-    )
+    turned = dataclasses.replace(case, logits=Product.of(strided[:6]), seen_SV=seen_SV, slots_B=slots_B, limits=limits)
     got = turned.run(_chooser("cpu"), uniform_B)
     assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
 
@@ -497,7 +504,7 @@ def test_what_is_not_broken_is_not_caught(rest: list[Path], tmp_path: Path) -> N
 @pytest.mark.parametrize("name", PYTHON_MUTANTS)
 def test_python_mutants_are_caught(name: str, tmp_path: Path) -> None:
     mutant = load_mutant("kernels.next_token", dict([PYTHON_MUTANTS[name]]), tmp_path)
-    with mock.patch.object(module, "next_token", mutant.next_token):
+    with mock.patch.multiple(module, next_token=mutant.next_token, Limits=mutant.Limits):
         assert _is_caught(_chooser("torch"), "torch", MUTANT_CASES, patched=True)
 
 
@@ -641,7 +648,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "room is torch.int32 (3,) on cpu, expected torch.int64 (3,)",
     ),
     "rooms too few": ({"limits": _limits(room_B=_index(1, 2))}, "room is torch.int64 (2,) on cpu, expected"),
-    "ends of integers": ({"limits": _limits(may_end_B=_index(1, 1, 0))}, "may_end is torch.int64 (3,) on cpu, expected"),
+    "ends of integers": (
+        {"limits": _limits(may_end_B=_index(1, 1, 0))},
+        "may_end is torch.int64 (3,) on cpu, expected",
+    ),
     "ends too many": (
         {"limits": _limits(may_end_B=torch.ones(4) > 0)},
         "may_end is torch.bool (4,) on cpu, expected torch.bool (3,)",
@@ -658,7 +668,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "uniform is torch.float64 (3,) on meta, expected torch.float64 (3,) on cpu, where the logits are",
     ),
     "temperature 0": ({"filters": Filters(temperature=0.0)}, "filters are Filters(temperature=0.0, top_k=None"),
-    "temperature infinite": ({"filters": Filters(temperature=math.inf)}, "expected a temperature and a penalty above 0"),
+    "temperature infinite": (
+        {"filters": Filters(temperature=math.inf)},
+        "expected a temperature and a penalty above 0",
+    ),
     "temperature NaN": ({"filters": Filters(temperature=math.nan)}, "expected a temperature and a penalty above 0"),
     "top_k 0": ({"filters": Filters(top_k=0)}, "top_k of at least 1"),
     "top_p 0": ({"filters": Filters(top_p=0.0)}, "top_p above 0 and at most 1"),

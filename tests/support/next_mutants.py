@@ -5,7 +5,9 @@ from __future__ import annotations
 CPP_MUTANTS: dict[str, dict[str, str]] = {
     "every row is the first": {"read(input.logits, columns, b, v, V)": "read(input.logits, columns, 0, v, V)"},
     "negative logits divided": {"scores[u] < 0.0f ? scores[u] * penalty : scores[u] / penalty": "scores[u] / penalty"},
-    "the last few never seen": {"    for (; v < V; ++v) {\n        if (seen[v]": "    for (; v < 0; ++v) {\n        if (seen[v]"},
+    "the last few never seen": {
+        "    for (; v < V; ++v) {\n        if (seen[v]": "    for (; v < 0; ++v) {\n        if (seen[v]"
+    },
     "eight passed over by the first": {"if (eight == 0) continue;": "if ((eight & 255) == 0) continue;"},
     "slots of the first sequence": {"input.slots_B[b] * V": "input.slots_B[0] * V"},
     "the end has a size": {
@@ -32,7 +34,9 @@ CPP_MUTANTS: dict[str, dict[str, str]] = {
     "the last of equals stay": {"(equal & (equals > 0))": "(equal & (equals <= 0))"},
     "one bit of a vector": {"bits != 0; bits &= bits - 1": "bits != 0; bits = 0"},
     "ids a lane late": {"__builtin_ctz(bits)": "(__builtin_ctz(bits) ^ 1)"},
-    "weights from the first": {"for (std::int64_t i = 1; i < K; ++i) largest": "for (std::int64_t i = 1; i < 0; ++i) largest"},
+    "weights from the first": {
+        "for (std::int64_t i = 1; i < K; ++i) largest": "for (std::int64_t i = 1; i < 0; ++i) largest"
+    },
     "times the temperature": {"- largest) / input.temperature": "- largest) * input.temperature"},
     "without temperature": {"- largest) / input.temperature": "- largest)"},
     "a share of one": {"input.top_p * total": "input.top_p"},
@@ -59,7 +63,7 @@ PYTHON_MUTANTS: dict[str, tuple[str, str]] = {
         "logits_BV / penalty, logits_BV * penalty",
     ),
     "penalty for all": ("torch.where(seen_BV, penalised_BV, logits_BV)", "penalised_BV.clone()"),
-    "slots in order": ("seen_SV[slots_B]", "seen_SV[: len(slots_B)]"),
+    "slots of the first sequence": ("seen_SV[slots_B]", "seen_SV[slots_B[0] + 0 * slots_B]"),
     "times the temperature": ("below_BK / filters.temperature", "below_BK * filters.temperature"),
     "a share that is reached": ("p_BK.cumsum(dim=1) - p_BK\n", "p_BK.cumsum(dim=1)\n"),
     "top_k left out": ("min(filters.top_k or V, V)", "V"),
