@@ -134,7 +134,7 @@ def next_token_reference(
     chosen_B = choose(ids_BK, p_BK, uniform_B)
     total_B = logits_BV.logsumexp(dim=1).double()
     picked_B = logits_BV.gather(1, chosen_B[:, None])[:, 0].double()
-    # Less an infinite total a number is infinite, too; and a row of which nothing is left has shares that are no numbers.
+    # Less an infinite total a number is infinite, too; and where nothing is left, shares are no numbers.
     has_choice_B = total_B.isfinite() & p_BK[:, 0].isfinite()
     return chosen_B, torch.where(has_choice_B, picked_B - total_B, torch.nan)
 

@@ -1,5 +1,5 @@
-"""next_token: probabilities against a literal reference and transformers', choices of every level for numbers swept over
-all boundaries, ties, samples that mislead, NaN, the same bits in any company, errors, mutants.
+"""next_token: probabilities against a literal reference and transformers', choices of every level for numbers swept
+over all boundaries, ties, samples that mislead, NaN, the same bits in any company, errors, mutants.
 
 The file is long because Python and the binding each refuse what they must, one line a refusal.
 
@@ -70,7 +70,7 @@ def _chooser(impl: str, ops: ModuleType = module) -> Choose:
         return choose_by_name
 
     def choose_at_level(*given: Any) -> Any:
-        with mock.patch.object(ops, "cpu_level", lambda: impl):
+        with mock.patch.object(ops, "cpu_level", return_value=impl):
             return ops.next_token(*given, impl="cpu")
 
     return choose_at_level
