@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from protnest.engine.decoder import Decoder, pack_ids
+from protnest.engine.decoder_checkpoint import read_decoder, save_decoder
 from protnest.engine.errors import InputError
 from protnest.engine.models import load_decoder
 from protnest.engine.quantise_decoder import QuantisedDecoder, quantised_decoder
@@ -177,6 +178,71 @@ def test_the_head_follows_the_embedding(decoder: Decoder) -> None:
     with torch.no_grad():
         narrow.embed_tokens.weight.mul_(2)
     torch.testing.assert_close(narrow.logits(hidden_ND), 2 * before_NV)
+
+
+# Turned matrices
+
+
+def _turned(decoder: Decoder) -> Decoder:
+    return copy.deepcopy(decoder).turn_matrices()
+
+
+def test_turned_matrices_are_the_same_numbers(decoder: Decoder) -> None:
+    turned = copy.deepcopy(decoder)
+    assert turned.turn_matrices() is turned
+    for (name, own), given in zip(turned.named_parameters(), decoder.parameters(), strict=True):
+        assert torch.equal(own, given), name
+        lies_turned = own.dim() == 2 and name != "embed_places.weight"
+        assert own.is_contiguous() != lies_turned, name
+        assert not lies_turned or own.T.is_contiguous(), name
+    assert turned.fingerprint == decoder.fingerprint is not None
+    again = turned.turn_matrices()
+    assert all(
+        own.T.is_contiguous() for own in (again.embed_tokens.weight, again.layers[0].get_parameter("fc1.weight"))
+    )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_turned_matrices_give_the_same_states(decoder: Decoder, precision: str) -> None:
+    """Up to the order in which a product adds up."""
+    whole, ids = copy.deepcopy(decoder), _ids(decoder)
+    allowed = 1e-5
+    if precision == "bf16":
+        whole, allowed = whole.to(torch.bfloat16), 0.02
+    wanted_TV, found_TV = _logits(whole, ids), _logits(_turned(whole), ids)
+    assert found_TV.dtype == torch.float32
+    assert float((found_TV - wanted_TV).norm() / wanted_TV.norm()) < allowed
+
+
+def test_turned_matrices_are_saved_as_ever(decoder: Decoder, tmp_path: Path) -> None:
+    save_decoder(decoder, tmp_path / "plain")
+    save_decoder(_turned(decoder), tmp_path / "turned")
+    for path in (tmp_path / "plain").iterdir():
+        assert path.read_bytes() == (tmp_path / "turned" / path.name).read_bytes(), path.name
+    assert read_decoder(tmp_path / "turned")[0].fingerprint == decoder.fingerprint
+
+
+def test_turned_matrices_are_quantised_as_ever(decoder: Decoder) -> None:
+    own, given = (quantised_decoder(each) for each in (_turned(decoder), decoder))
+    ids = _ids(decoder)
+    wanted_TV, found_TV = _logits(given, ids), _logits(own, ids)
+    # What is rounded was computed in another order.
+    assert float((found_TV - wanted_TV).norm() / wanted_TV.norm()) < 5e-3
+
+
+def test_on_a_cpu_decoders_are_loaded_turned(pair: tuple[Any, Decoder, Path]) -> None:
+    loaded = load_decoder(pair[2], device="cpu", precision="fp32")
+    assert loaded.embed_tokens.weight.T.is_contiguous()
+    assert not pair[1].embed_tokens.weight.T.is_contiguous()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_the_heads_product_is_the_logits(pair: tuple[Any, Decoder, Path], precision: str) -> None:
+    ours = load_decoder(pair[2], device="cpu", precision=precision)
+    hidden_ND = torch.randn(3, ours.dim, generator=torch.Generator().manual_seed(0))
+    product = ours.head_product(hidden_ND)
+    assert (product.scales is not None) == (precision == "int8")
+    torch.testing.assert_close(product.numbers(), ours.logits(hidden_ND), rtol=1e-5, atol=1e-5)
 
 
 # Lower precisions
