@@ -202,7 +202,7 @@ FEW, BOTH = Filters(0.7, 5, None, 1.2), Filters(0.9, 950, 0.9, 1.5)
 SIZES = {
     f"{V} tokens, {sizes}, {'-'.join(map(str, filters))}": functools.partial(make_cached, V, filters, sizes=sizes)
     for V in (1, 5, 16, 33, 123)
-    for sizes in ("pieces", "ones", "free")
+    for sizes in ("pieces", "letters", "free")
     for filters in (PLAIN, NUCLEUS, FEW, BOTH)
 }
 KINDS = {

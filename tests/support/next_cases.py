@@ -192,7 +192,7 @@ def make_case(
         filters: None penalises, and does nothing else.
         kind: "random", or how the logits are spread, see `_spread`.
         left: "numbers", "with bias" or "integers".
-        sizes: "pieces": from `NEVER` to 3, whose rooms are 0 to 2^40; "ones": none forbids anything but 0 rooms;
+        sizes: "pieces": from `NEVER` to 3, whose rooms are 0 to 2^40; "letters": from 1 to 3, none of them `NEVER`;
             "free": nothing is forbidden; "barely": all but a few are never chosen.
         B: sequences, in slots of which there are three more.
         seed: of all numbers.
@@ -205,15 +205,15 @@ def make_case(
     may_end_B = torch.tensor([True, True, False, True, False, True])[torch.arange(B) % 6] | (V == 1)
     if sizes == "pieces":
         sizes_V = torch.tensor([0, 1, 2, 3, NEVER, 1, 2, 3], dtype=torch.int32)[torch.arange(V) % 8]
-    elif sizes == "ones":
-        sizes_V = torch.ones(V, dtype=torch.int32)
+    elif sizes == "letters":
+        sizes_V = torch.tensor([1, 2, 3], dtype=torch.int32)[torch.arange(V) % 3]
     elif sizes == "free":
         sizes_V, room_B, may_end_B = torch.zeros(V, dtype=torch.int32), room_B.clamp(min=1), may_end_B | True
     else:
         sizes_V = torch.full((V,), NEVER, dtype=torch.int32)
         sizes_V[torch.arange(V) % 97 == 5] = 1
     # The end's size is nobody's: it ends a sequence whose room is gone.
-    sizes_V[end] = 2**31 - 1 if sizes == "ones" else NEVER
+    sizes_V[end] = 2**31 - 1 if sizes == "letters" else NEVER
     return Case(
         logits=guarded_product(_left(left, logits_BV, generator)),
         seen_SV=guarded_mask(seen_SV),
