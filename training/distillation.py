@@ -18,9 +18,7 @@ from typing import Any
 
 import torch
 
-from ..engine.checkpoint import save_checkpoint
 from ..engine.decoder import Decoder
-from ..engine.decoder_checkpoint import save_decoder
 from ..engine.device import precision_name, resolve_device, resolve_precision
 from ..engine.encoder import Encoder
 from ..engine.errors import InputError
@@ -28,11 +26,12 @@ from ..engine.models import load_model
 from ..kernels.kd_options import KDOptions
 from .causal_task import CausalTask, causal_corpus
 from .corpus import Share, read_shares
+from .distributed import ALONE, Processes, own_device
 from .masked_task import ROWS, MaskedTask
 from .order import BatchOrder
 from .row_task import RowTask
 from .student_judgement import judge
-from .students import build_student, copy_layers
+from .students import build_student, copy_layers, save_student
 from .teacher import LiveTeacher, model_fingerprint
 from .teacher_cache import TeacherCache
 from .trainer import StepReport, Trainer, TrainerConfig
@@ -54,7 +53,7 @@ class DistillConfig:
         trainer: how it is trained.
         options: of the distillation loss.
         rows: an encoder's: "masked" or "all", see `MaskedTask`.
-        mask_epochs: an encoder's masks come again after so many epochs; 0: never, but 4 with a cache.
+        mask_epochs: an encoder's masks come again after so many epochs, 0: never; by default never, with a cache 4.
         cache_top_k: logits that a cache keeps of a row, where the vocabulary has more than 64 tokens.
         held_out: most proteins that the student is judged on.
 
@@ -69,7 +68,7 @@ class DistillConfig:
     trainer: TrainerConfig
     options: KDOptions = dataclasses.field(default_factory=KDOptions)
     rows: str = "masked"
-    mask_epochs: int = 0
+    mask_epochs: int | None = None
     cache_top_k: int = 64
     held_out: int = 1000
 
@@ -111,6 +110,7 @@ def distill(
     overwrite: bool = False,
     save_every_s: float = 120.0,
     callbacks: Callbacks | None = None,
+    processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """Trains a student on a FASTA file and writes it to `out`; goes on where a killed run of the same settings stopped.
 
@@ -124,29 +124,33 @@ def distill(
         overwrite: throw away a run of other settings in `out`: its own files alone.
         save_every_s: seconds between checkpoints.
         callbacks: what to tell of.
+        processes: who trains together; all call this with the same arguments.
 
     Returns:
-        What `training.json` holds.
+        What `training.json` holds; without perplexities in processes other than the first.
 
     Raises:
         InputError: data, models or settings cannot be used, vocabularies differ, `out` or `cache` hold something else,
             the loss is not finite, or a disk is full.
     """
-    callbacks = callbacks or Callbacks()
-    resolved = resolve_device(device)
-    resolve_precision(config.trainer.precision, resolved)
-    taught_by = None if teacher is None else load_model(teacher, device=device, precision=config.trainer.precision)
+    callbacks = callbacks if callbacks is not None and processes.is_first else Callbacks()
+    resolved = own_device(resolve_device(device))
+    precision = precision_name(resolve_precision(config.trainer.precision, resolved))
+    taught_by = None if teacher is None else load_model(teacher, device=str(resolved), precision=precision)
     train, held_out = read_shares(data)
     student = _student(config, taught_by)
-    plan = _plan(student, taught_by, train, config, cache)
-    trainer = Trainer(plan.task, plan.trainer, device=resolved)
+    plan = _plan(student, taught_by, train, config, cache, processes)
+    trainer = Trainer(plan.task, plan.trainer, device=resolved, processes=processes)
     identity = {**trainer.identity(), "student": config.student, "init": config.init, "initial": plan.initial}
-    with TrainingFolder(out, identity, overwrite=overwrite) as folder:
+    with TrainingFolder(out, identity, overwrite=overwrite, processes=processes) as folder:
         if folder.report is not None:
             return folder.report
         if plan.cache is not None:
             epochs = trainer.order.epochs_of(plan.trainer.steps, batches_a_step=trainer.batches_a_step)
-            plan.cache.fill(epochs, after_shard=callbacks.after_shard)
+            if processes.is_first:
+                plan.cache.fill(epochs, after_shard=callbacks.after_shard)
+            processes.wait()
+            plan.cache.look_again()
         folder.resume(trainer)
         callbacks.on_start(plan.trainer.steps, trainer.step)
         seconds = folder.train(trainer, save_every_s=save_every_s, after_step=callbacks.after_step)
@@ -155,7 +159,7 @@ def distill(
             "teacher": None if taught_by is None else taught_by.name,
             "teacher_fingerprint": identity["teacher"],
             "recipe": {**dataclasses.asdict(plan.trainer), **_recipe(config, taught_by)},
-            "precision": precision_name(resolve_precision(config.trainer.precision, resolved)),
+            "processes": processes.world,
             "device": resolved.type,
             "torch": torch.__version__,
             "data": {
@@ -167,29 +171,16 @@ def distill(
             },
             "epochs": trainer.position.epoch + 1,
             "seconds": round(seconds, 1),
-            "perplexity": judge(
-                student, taught_by, train=train, held_out=held_out, sequences=config.held_out, seed=config.trainer.seed
-            ),
         }
-        save_student(student, out)
-        folder.finish(report)
+        trained = trainer.whole_model()
+        assert isinstance(trained, Encoder | Decoder)
+        if processes.is_first:
+            seed, most = config.trainer.seed, config.held_out
+            report["perplexity"] = judge(trained, taught_by, train=train, held_out=held_out, sequences=most, seed=seed)
+            save_student(trained, out)
+            folder.finish(report)
+        processes.wait()
         return report
-
-
-def save_student(student: Encoder | Decoder, folder: Path) -> None:
-    """Writes a trained model in Hugging Face layout, in fp16.
-
-    Raises:
-        InputError: the disk is full, or the like.
-    """
-    try:
-        if isinstance(student, Encoder):
-            save_checkpoint(student, folder, dtype=torch.float16)
-        else:
-            save_decoder(student, folder, dtype=torch.float16)
-    except (OSError, RuntimeError) as error:
-        message = f"the model cannot be written ({error}); the last checkpoint of the training is kept"
-        raise InputError(message, file=folder) from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -259,6 +250,7 @@ def _plan(
     train: Share,
     config: DistillConfig,
     cache: Path | None,
+    processes: Processes,
 ) -> _Plan:
     live = None if teacher is None else LiveTeacher(teacher)
     if cache is not None and live is None:
@@ -273,7 +265,8 @@ def _plan(
     trainer = config.trainer
     if config.epochs is not None:
         order = BatchOrder(task.lengths_B, trainer.batch_tokens, seed=trainer.seed)
-        trainer = dataclasses.replace(trainer, steps=order.steps_of(config.epochs, batches_a_step=trainer.accumulate))
+        batches_a_step = trainer.accumulate * processes.world
+        trainer = dataclasses.replace(trainer, steps=order.steps_of(config.epochs, batches_a_step=batches_a_step))
     return _Plan(task, trainer, kept, facts, model_fingerprint(student))
 
 
@@ -300,7 +293,7 @@ def _task(
         seed=config.trainer.seed,
         options=config.options,
         rows=config.rows,
-        mask_epochs=config.mask_epochs or (_CACHED_MASKS if masks_again else 0),
+        mask_epochs=(_CACHED_MASKS if masks_again else 0) if config.mask_epochs is None else config.mask_epochs,
         max_residues=context,
     )
     return masked, {"context": context, "cropped_sequences": int((corpus.lengths_B > context + 2).sum())}

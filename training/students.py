@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
-from ..engine.checkpoint import read_settings
+from ..engine.checkpoint import read_settings, save_checkpoint
 from ..engine.config import BUNDLED, EncoderConfig
 from ..engine.decoder import Decoder
+from ..engine.decoder_checkpoint import save_decoder
 from ..engine.decoder_config import DECODER_SHAPES, DecoderConfig
 from ..engine.encoder import Encoder
 from ..engine.errors import InputError
@@ -155,3 +156,19 @@ def copy_layers(student: Encoder | Decoder, teacher: Encoder | Decoder) -> list[
         # Fewer places are the first ones.
         tensor.copy_(source[name][: tensor.shape[0]])
     return taken
+
+
+def save_student(student: Encoder | Decoder, folder: Path) -> None:
+    """Writes a trained model in Hugging Face layout, in fp16.
+
+    Raises:
+        InputError: the disk is full, or the like.
+    """
+    try:
+        if isinstance(student, Encoder):
+            save_checkpoint(student, folder, dtype=torch.float16)
+        else:
+            save_decoder(student, folder, dtype=torch.float16)
+    except (OSError, RuntimeError) as error:
+        message = f"the model cannot be written ({error}); the last checkpoint of the training is kept"
+        raise InputError(message, file=folder) from error

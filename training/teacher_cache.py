@@ -17,6 +17,7 @@ Shapes: N rows, K logits kept of a row, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable
@@ -117,6 +118,14 @@ class TeacherCache:
             raise InputError(message, file=self.folder)
         return shards
 
+    def look_again(self) -> None:
+        """Learns of shards that another process has written.
+
+        Raises:
+            InputError: as at the beginning.
+        """
+        self._checksums = self._read()
+
     def fill(self, masks: int, *, after_shard: Callable[[int, int], None] = lambda done, of: None) -> int:
         """Lets the teacher answer for all sequences under the first so many masks, as far as the cache has them not.
 
@@ -155,7 +164,7 @@ class TeacherCache:
         rows, begins = self._answers(range(begin, min(begin + SHARD_SEQUENCES, len(self._task.corpus))), mask)
         name = _name(mask, shard)
         for kind, array in (("rows", rows), ("begins", begins)):
-            write_atomically(self.folder / f"{kind}-{name}.npy", lambda path, array=array: _save(path, array))
+            write_atomically(self.folder / f"{kind}-{name}.npy", functools.partial(_save, array))
         self._checksums[name] = _checksum(rows, begins)
         self._write_list()
 
@@ -251,7 +260,7 @@ def _name(mask: int, shard: int) -> str:
     return f"{mask}-{shard:05d}"
 
 
-def _save(path: Path, array: npt.NDArray[Any]) -> None:
+def _save(array: npt.NDArray[Any], path: Path) -> None:
     with path.open("wb") as file:
         np.save(file, array)
 

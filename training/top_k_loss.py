@@ -117,9 +117,9 @@ class _TopKLoss(torch.autograd.Function):
         hard_N = labels_N != options.ignore_index
         weight_N = weigh_rows(taught.entropy_N, soft_N, cu_seqlens, options)
         scales = loss_scales(weight_N, soft_N, hard_N, options)
-        grads = [torch.zeros_like(hidden_ND), torch.zeros_like(weight_VD, dtype=torch.float32), None]
-        if bias_V is not None:
-            grads[2] = torch.zeros_like(bias_V, dtype=torch.float32)
+        grad_hidden_ND = torch.zeros_like(hidden_ND)
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
+        grad_bias_V = None if bias_V is None else torch.zeros_like(bias_V, dtype=torch.float32)
         total = hidden_ND.new_zeros((), dtype=torch.float32)
         V, kind = weight_VD.shape[0], hidden_ND.device.type
         rows = max(_LEAST_CHUNK_ROWS, _CHUNK_BYTES.get(kind, _CHUNK_BYTES["cuda"]) // (4 * V))
@@ -130,19 +130,20 @@ class _TopKLoss(torch.autograd.Function):
                 logits_CV, taught[own], labels_N[own], hard_N[own], weight_N[own] * scales[0], scales[1], options
             )
             rounded_CV = logits_CV.to(hidden_ND.dtype)
-            grads[0][own] = linear(rounded_CV, weight_VD.T)
-            grads[1] += (rounded_CV.T @ hidden_ND[own]).float()
-            if grads[2] is not None:
-                grads[2] += logits_CV.sum(dim=0)
+            grad_hidden_ND[own] = linear(rounded_CV, weight_VD.T)
+            grad_weight_VD += (rounded_CV.T @ hidden_ND[own]).float()
+            if grad_bias_V is not None:
+                grad_bias_V += logits_CV.sum(dim=0)
         if kind == "cpu" and not bool(total.isfinite()):
             message = f"the distillation loss is {float(total)}, expected a finite number"
             raise ValueError(message)
+        grads = (grad_hidden_ND, grad_weight_VD, grad_bias_V)
         ctx.save_for_backward(*(grad for grad in grads if grad is not None))
         ctx.dtypes = [tensor.dtype for tensor in (hidden_ND, weight_VD, bias_V) if tensor is not None]
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grads = [(grad * grad_loss).to(dtype) for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
         return (*grads, *[None] * (8 - len(grads)))
 

@@ -193,7 +193,7 @@ class Trainer:
             raise InputError(message)
         self.task, self.config, self.device = task, config, device
         task.model.to(device)
-        self._processes = processes
+        self.processes = processes
         self._forward = processes.spread(task.model, self._loss_of)
         self.optimiser = _optimiser(task.model, config, device)
         self.order = BatchOrder(task.lengths_B, config.batch_tokens, seed=config.seed)
@@ -203,12 +203,12 @@ class Trainer:
 
     def identity(self) -> dict[str, Any]:
         """All that decides the weights: the configuration's fields, and the task's identity."""
-        return {**asdict(self.config), "processes": self._processes.world, **self.task.identity()}
+        return {**asdict(self.config), "processes": self.processes.world, **self.task.identity()}
 
     @property
     def batches_a_step(self) -> int:
         """Forward passes of one step on all processes together."""
-        return self.config.accumulate * self._processes.world
+        return self.config.accumulate * self.processes.world
 
     def run(self, *, until: int | None = None, after_step: Callable[[StepReport], None] = lambda report: None) -> None:
         """Trains from `self.step` until so many steps are taken, `config.steps` by default.
@@ -227,7 +227,7 @@ class Trainer:
             taken = list(islice(walk, self.batches_a_step))
             # What the caller did in between, such as judging the model, may have left it in evaluation mode.
             self.task.model.train()
-            own = range(self._processes.rank, len(taken), self._processes.world)
+            own = range(self.processes.rank, len(taken), self.processes.world)
             report = self._step([Portion(*taken[part][:2], step=self.step, part=part) for part in own])
             self.step, self.position = self.step + 1, taken[-1][2]
             after_step(report)
@@ -239,13 +239,14 @@ class Trainer:
         self.optimiser.zero_grad(set_to_none=True)
         losses, rows = [], 0
         for portion in portions:
-            with self._processes.holding_back(self._forward, unless=portion is portions[-1]):
+            last = portion is portions[-1]
+            with contextlib.nullcontext() if last else self.processes.holding_back(self._forward):
                 found: Loss = self._forward(portion)
-                (found.value * found.rows).backward()
+                (found.value * found.rows).backward()  # type: ignore[no-untyped-call]
             losses.append(found.value.detach() * found.rows)
             rows += found.rows
         # One wait for the device a step: for the numbers that say whether the step may be taken.
-        totals = self._processes.sum(torch.stack([torch.stack(losses).double().sum().cpu(), torch.tensor(float(rows))]))
+        totals = self.processes.sum(torch.stack([torch.stack(losses).double().sum().cpu(), torch.tensor(float(rows))]))
         mean, all_rows = float(totals[0]) / max(1.0, float(totals[1])), max(1.0, float(totals[1]))
         norm = self._finish_gradients(all_rows)
         for name, value in (("loss", mean), ("gradient's norm", norm)):
@@ -286,8 +287,8 @@ class Trainer:
         if not gradients:
             return 0.0
         # What processes give is their mean, and theirs are sums.
-        to_mean = self._processes.world / rows
-        norm = float(self._processes.whole(nn.utils.get_total_norm(gradients))) * to_mean
+        to_mean = self.processes.world / rows
+        norm = float(self.processes.whole(nn.utils.get_total_norm(gradients))) * to_mean
         if math.isfinite(norm):
             torch._foreach_mul_(gradients, to_mean * min(1.0, self.config.clip / (norm + 1e-6)))
         return norm
@@ -302,12 +303,17 @@ class Trainer:
         )
 
     def state(self) -> dict[str, Any]:
-        """Weights that are trained, buffers, optimiser and place: with `load_state` all that a run needs to go on."""
+        """Weights that are trained, buffers, optimiser and place: with `load_state` all that a run needs to go on.
+
+        All processes call it together.
+        """
+        kept = self._kept()
+        model, optimiser = self.processes.states(self.task.model, self.optimiser)
         return {
             "step": self.step,
             "position": asdict(self.position),
-            "model": {name: tensor for name, tensor in self.task.model.state_dict().items() if name in self._kept()},
-            "optimiser": self.optimiser.state_dict(),
+            "model": {name: tensor for name, tensor in model.items() if name in kept},
+            "optimiser": optimiser,
             "extra": self.extra,
         }
 
@@ -317,12 +323,15 @@ class Trainer:
         Raises:
             RuntimeError, KeyError, ValueError: it is another model's.
         """
-        missing, unexpected = self.task.model.load_state_dict(state["model"], strict=False)
+        missing, unexpected = self.processes.load(self.task.model, self.optimiser, (state["model"], state["optimiser"]))
         if unexpected or (lost := self._kept() & set(missing)):
             message = f"not the tensors of this model: {', '.join(sorted(unexpected or lost)[:3])}"
             raise ValueError(message)
-        self.optimiser.load_state_dict(state["optimiser"])
         self.step, self.position, self.extra = state["step"], Position(**state["position"]), state["extra"]
+
+    def whole_model(self) -> nn.Module:
+        """The model as it is now, with all its weights, in the first process at least; all processes call it."""
+        return self.processes.whole_model(self.task.model)
 
     def _kept(self) -> set[str]:
         """Names of what training changes; what is frozen is the task's to load."""

@@ -25,6 +25,7 @@ import torch
 from ..engine.atomic import write_atomically
 from ..engine.errors import InputError
 from ..engine.store import LOCK_FILE, differences, lock_folder
+from .distributed import ALONE, Processes
 from .trainer import StepReport, Trainer
 from .training_log import LOG_FILE, TENSORBOARD_FOLDER, TrainingLog
 
@@ -44,6 +45,7 @@ class TrainingFolder:
         identity: all that decides the result, as JSON: `Trainer.identity` and the data. A run is resumed under an equal
             one only.
         overwrite: throw away a run of another identity: its own files and nothing else.
+        processes: who trains together; the first one alone writes, the others enter after it.
 
     Attributes:
         report: what a finished run left in training.json, None where it is not finished.
@@ -53,14 +55,25 @@ class TrainingFolder:
             holds files and no run.
     """
 
-    def __init__(self, folder: Path, identity: dict[str, Any], *, overwrite: bool = False) -> None:
+    def __init__(
+        self, folder: Path, identity: dict[str, Any], *, overwrite: bool = False, processes: Processes = ALONE
+    ) -> None:
         self.folder = folder
         self.identity = json.loads(json.dumps(identity))
         self.report: dict[str, Any] | None = None
         self._overwrite = overwrite
+        self._processes = processes
         self._held = contextlib.ExitStack()
 
     def __enter__(self) -> TrainingFolder:
+        if self._processes.is_first:
+            self._enter()
+        self._processes.wait()
+        if not self._processes.is_first:
+            self._open()
+        return self
+
+    def _enter(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._held.enter_context(lock_folder(self.folder))
@@ -75,7 +88,6 @@ class TrainingFolder:
         except BaseException:
             self._held.close()
             raise
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._held.close()
@@ -152,19 +164,28 @@ class TrainingFolder:
         """
         self.resume(trainer)
         last_saved = time.monotonic()
-        with TrainingLog(self.folder, steps_done=trainer.step) as log:
+        with contextlib.ExitStack() as held:
+            log = None
+            if self._processes.is_first:
+                log = held.enter_context(TrainingLog(self.folder, steps_done=trainer.step))
 
             def keep(report: StepReport) -> None:
                 nonlocal last_saved
-                log.add(report)
-                if time.monotonic() - last_saved >= save_every_s:
+                if log is not None:
+                    log.add(report)
+                if self._is_due(last_saved + save_every_s):
                     self.save(trainer)
                     last_saved = time.monotonic()
                 after_step(report)
 
             trainer.run(until=until, after_step=keep)
             self.save(trainer)
-            return log.seconds
+            return 0.0 if log is None else log.seconds
+
+    def _is_due(self, when: float) -> bool:
+        """Whether the first process's clock is beyond `when`: processes save together or not at all."""
+        due = self._processes.is_first and time.monotonic() >= when
+        return bool(self._processes.sum(torch.tensor(float(due))))
 
     def save(self, trainer: Trainer) -> None:
         """Writes the trainer's state.
@@ -173,7 +194,8 @@ class TrainingFolder:
             InputError: the disk is full, or the like; the state before stays.
         """
         state = {"version": SCHEMA_VERSION, "identity": self.identity, **trainer.state()}
-        self._write(STATE_FILE, lambda path: torch.save(state, path))
+        if self._processes.is_first:
+            self._write(STATE_FILE, lambda path: torch.save(state, path))
 
     def resume(self, trainer: Trainer) -> bool:
         """Sets a trainer that has taken no step to the saved state, where there is one; says whether it did.
@@ -212,7 +234,7 @@ class TrainingFolder:
             raise InputError(message, file=path) from error
 
     def finish(self, report: dict[str, Any]) -> None:
-        """Writes the report, JSON without NaN, and marks the run complete."""
+        """Writes the report, JSON without NaN, and marks the run complete; the first process calls it."""
         text = json.dumps(report, indent=1, allow_nan=False) + "\n"
         self._write(REPORT_FILE, lambda path: path.write_text(text, encoding="utf-8"))
         self._write_run(complete=True)

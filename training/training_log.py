@@ -81,4 +81,4 @@ def _event_writer(folder: Path, steps_done: int) -> Any:
     except ImportError:
         return None
     # purge_step hides what a killed run logged beyond its last checkpoint.
-    return SummaryWriter(str(folder), purge_step=steps_done + 1)  # type: ignore[no-untyped-call]
+    return SummaryWriter(str(folder), purge_step=steps_done + 1)
