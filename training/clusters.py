@@ -188,7 +188,18 @@ def _by_mmseqs(sequences: Sequence[str], identity: float) -> Integers:
         # Of the shorter one's residues (seq-id-mode 1); as many of the target's have to be aligned, and both proteins
         # are the other's target. Connected components over all hits, in one step: the cascade joins representatives.
         command += ["--min-seq-id", str(identity), "--seq-id-mode", "1", "-c", str(identity), "--cov-mode", "1"]
-        command += ["--cluster-mode", "1", "--single-step-clustering", "1", "-k", "5", "-s", "7.5", "--max-seqs", "1000"]
+        command += [
+            "--cluster-mode",
+            "1",
+            "--single-step-clustering",
+            "1",
+            "-k",
+            "5",
+            "-s",
+            "7.5",
+            "--max-seqs",
+            "1000",
+        ]
         command += ["-e", "0.1", "--threads", str(usable_cpus()), "-v", "1"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         table = folder / "out_cluster.tsv"

@@ -131,9 +131,7 @@ def split_family(
         InputError: as `splits.split` and `Split.subset`.
     """
     proteins = family.proteins
-    found = split(
-        proteins.sequences, validation=validation, test=test, identity=identity, seed=seed, backend=backend
-    )
+    found = split(proteins.sequences, validation=validation, test=test, identity=identity, seed=seed, backend=backend)
     places = {
         "train": found.train if n is None else found.subset(n),
         "validation": found.validation[:judged],
@@ -146,6 +144,4 @@ def split_family(
 
 def _share(proteins: Share, places: Integers) -> Share:
     chosen = places.tolist()
-    return Share(
-        tuple(proteins.ids[place] for place in chosen), tuple(proteins.sequences[place] for place in chosen)
-    )
+    return Share(tuple(proteins.ids[place] for place in chosen), tuple(proteins.sequences[place] for place in chosen))

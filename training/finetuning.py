@@ -344,7 +344,9 @@ class _Run:
     def _judge(self) -> None:
         loss = self._subject.validation_loss()
         if not math.isfinite(loss):
-            message = f"the validation loss is {loss} after epoch {len(self.progress.losses)}: try a lower learning rate"
+            message = (
+                f"the validation loss is {loss} after epoch {len(self.progress.losses)}: try a lower learning rate"
+            )
             raise InputError(message)
         self.progress = self.progress.after(loss)
         if self.progress.improved:
@@ -366,4 +368,3 @@ def _save(subject: Subject, model: Encoder | Decoder, out: Path) -> None:
     except (OSError, RuntimeError) as error:
         message = f"the model cannot be written ({error}); the last checkpoint of the training is kept"
         raise InputError(message, file=out) from error
-

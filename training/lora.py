@@ -159,7 +159,9 @@ def load_adapters(model: Model, folder: Path) -> Adapters:
     wanted = dict(found._tensors())
     shapes = [{name: tuple(each.shape) for name, each in some.items()} for some in (wanted, tensors)]
     if shapes[0] != shapes[1]:
-        wrong = sorted(name for name in shapes[0].keys() | shapes[1].keys() if shapes[0].get(name) != shapes[1].get(name))
+        wrong = sorted(
+            name for name in shapes[0].keys() | shapes[1].keys() if shapes[0].get(name) != shapes[1].get(name)
+        )
         found._tuner.unload()
         message = f"adapters of another model than {model.name}: {wrong[0]} and {len(wrong) - 1} more do not fit"
         raise InputError(message, file=folder / _TENSORS)

@@ -217,7 +217,7 @@ def load_head(folder: Path) -> TaskHead:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
         message = f"not a readable head ({error})"
         raise InputError(message, file=path) from error
@@ -249,6 +249,8 @@ def load_headed(folder: Path, *, device: str = "auto", precision: str = "auto") 
     head = load_head(folder)
     model = load_model(folder, device=device, precision=precision)
     if head.config.model is not None and model.fingerprint != head.config.model:
-        message = f"the head was trained with a model of the hash {head.config.model}, that there has {model.fingerprint}"
+        message = (
+            f"the head was trained with a model of the hash {head.config.model}, that there has {model.fingerprint}"
+        )
         raise InputError(message, file=folder / HEAD_FILE)
     return HeadedModel(model, head.to(model.device)).eval().requires_grad_(False)
