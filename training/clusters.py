@@ -139,9 +139,9 @@ def _words(sequence: str) -> Integers:
 def _by_kmers(sequences: Sequence[str], identity: float) -> Integers:
     """The root of each sequence's cluster.
 
-    Substitutions that fall anywhere leave a share of identity^4 of the shorter one's 4-mers as they are, and chance adds
-    what two heaps of letters share. Pairs that share half of the former and all of the latter are aligned, unless links
-    have joined them already.
+    Substitutions that fall anywhere leave a share of identity^4 of the shorter one's 4-mers as they are, and chance
+    adds what two heaps of letters share. Pairs that share half of the former and all of the latter are aligned, unless
+    links have joined them already.
     """
     check_aligner()
     lists = [_words(sequence) for sequence in sequences]
@@ -188,19 +188,8 @@ def _by_mmseqs(sequences: Sequence[str], identity: float) -> Integers:
         # Of the shorter one's residues (seq-id-mode 1); as many of the target's have to be aligned, and both proteins
         # are the other's target. Connected components over all hits, in one step: the cascade joins representatives.
         command += ["--min-seq-id", str(identity), "--seq-id-mode", "1", "-c", str(identity), "--cov-mode", "1"]
-        command += [
-            "--cluster-mode",
-            "1",
-            "--single-step-clustering",
-            "1",
-            "-k",
-            "5",
-            "-s",
-            "7.5",
-            "--max-seqs",
-            "1000",
-        ]
-        command += ["-e", "0.1", "--threads", str(usable_cpus()), "-v", "1"]
+        command += ["--cluster-mode", "1", "--single-step-clustering", "1", "-k", "5", "-s", "7.5"]
+        command += ["--max-seqs", "300", "-e", "0.1", "--threads", str(usable_cpus()), "-v", "1"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         table = folder / "out_cluster.tsv"
         if done.returncode or not table.is_file():

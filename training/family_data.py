@@ -74,8 +74,12 @@ class Shares:
         """Writes train.fasta, validation.fasta and test.fasta: what others need who judge the model."""
         for name in ("train", "validation", "test"):
             share: Share = getattr(self, name)
-            text = "".join(f">{each}\n{letters}\n" for each, letters in zip(share.ids, share.sequences, strict=True))
-            write_atomically(folder / f"{name}.fasta", lambda path, text=text: path.write_text(text, encoding="utf-8"))
+            _write_fasta(folder / f"{name}.fasta", share)
+
+
+def _write_fasta(path: Path, share: Share) -> None:
+    text = "".join(f">{name}\n{letters}\n" for name, letters in zip(share.ids, share.sequences, strict=True))
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def read_family(data: Path, labels: LabelSource | None, *, task: str | None, pooling: str) -> FamilyData:

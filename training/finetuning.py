@@ -6,8 +6,8 @@
     classification      either learns classes
 
 Proteins are split by clusters, so that none is judged whose homologue was trained on. After each epoch the validation
-share is judged; training stops where that has not improved for some epochs, and the best weights, kept on disk, are what
-is saved.
+share is judged; training stops where that has not improved for some epochs, and the best weights, kept on disk, are
+what is saved.
 
 Shapes: B sequences.
 """
@@ -30,7 +30,7 @@ from ..engine.device import resolve_device, resolve_precision
 from ..engine.encoder import Encoder
 from ..engine.errors import InputError
 from ..engine.models import load_model
-from .clusters import BACKENDS
+from .clusters import BACKENDS, Backend
 from .early_stopping import Progress, load_best, save_best
 from .family_data import FamilyData, LabelSource, Shares, read_family, split_family
 from .finetuning_subject import HeadSubject, LanguageSubject, Subject
@@ -85,7 +85,7 @@ class FinetuneConfig:
     validation_share: float = 0.1
     test_share: float = 0.1
     identity: float = 0.5
-    clusters_by: str = "auto"
+    clusters_by: Backend = "auto"
     seed: int = 0
     precision: str = "fp32"
     judged: int = 1000
@@ -142,7 +142,7 @@ def default_learning_rate(parameters: int, method: str) -> float:
     The published fine-tuning took 2e-4 for 39M parameters, 1e-4 for 82M, 5e-5 for 204M and 2e-5 for 774M (Wijaya 2026):
     close to 2e-4 (39M / parameters)^0.77. Kept within 2e-5 and 1e-3; adapters take five times as much.
     """
-    full = min(1e-3, max(2e-5, 2e-4 * (39e6 / parameters) ** 0.77))
+    full = min(1e-3, max(2e-5, 2e-4 * math.pow(39e6 / parameters, 0.77)))
     return 5 * full if method == "lora" else full
 
 
@@ -158,7 +158,7 @@ def finetune(
     save_every_s: float = 120.0,
     callbacks: Callbacks | None = None,
 ) -> dict[str, Any]:
-    """Fine-tunes a model on a FASTA file and writes it to `out`; goes on where a killed run of the same settings stopped.
+    """Fine-tunes a model on a FASTA file and writes it to `out`; goes on where a killed run of these settings stopped.
 
     `out` gets the best weights in Hugging Face layout (fp32), `training.json`, the three shares as train.fasta,
     validation.fasta and test.fasta, a head where one was trained, `adapter/` with "lora", and what `TrainingFolder`
@@ -355,7 +355,7 @@ class _Run:
         self._callbacks.after_epoch(self.progress)
 
 
-def _save(subject: Subject, model: Encoder | Decoder, out: Path) -> None:
+def _save(subject: LanguageSubject | HeadSubject, model: Encoder | Decoder, out: Path) -> None:
     try:
         if isinstance(model, Encoder):
             save_checkpoint(model, out)

@@ -42,11 +42,20 @@ class Subject(Protocol):
         judged_by: of validation and test share, hashes: part of what decides the result.
     """
 
-    name: str
-    task: Task
-    model: nn.Module
-    facts: dict[str, Any]
-    judged_by: list[str]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def task(self) -> Task: ...
+
+    @property
+    def model(self) -> nn.Module: ...
+
+    @property
+    def facts(self) -> dict[str, Any]: ...
+
+    @property
+    def judged_by(self) -> list[str]: ...
 
     def prepare(self) -> None:
         """Called once, before the first judgement, when the model is on its device."""

@@ -1,8 +1,8 @@
 """Low-rank adapters in an encoder or a decoder, by peft: put in, kept on disk, merged into the weights.
 
-A layer's products here are more than `nn.Linear`: they leave their bias to the next pass over the rows. peft's own layer
-would hide that, so it is told (by its mapping of custom modules) to use one that passes it on. What is trained and how
-it is merged stays peft's.
+A layer's products here are more than `nn.Linear`: they leave their bias to the next pass over the rows. peft's own
+layer would hide that, so it is told (by its mapping of custom modules) to use one that passes it on. What is trained
+and how it is merged stays peft's.
 
 Source: Hu et al., ICLR 2022 (LoRA).
 """

@@ -119,8 +119,8 @@ def split(
             smallest = int(found.sizes.min())
             message = (
                 f"no cluster is left for the {name} share: {len(found)} clusters at an identity of {identity} hold "
-                f"{smallest} to {int(found.sizes.max())} of {len(sequences)} proteins; cluster at a higher identity, or "
-                "take other shares"
+                f"{smallest} to {int(found.sizes.max())} of {len(sequences)} proteins; cluster at a higher identity, "
+                "or take other shares"
             )
             raise InputError(message)
     return Split(

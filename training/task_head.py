@@ -122,7 +122,7 @@ class HeadedModel(nn.Module):
         self.backbone, self.head = backbone, head
 
     def forward(self, tokens: Sequence[Integers]) -> torch.Tensor:
-        """Outputs for some proteins' tokens, see `tokens_of`: (B, O), or with "residue" (R, O) of all their residues."""
+        """Outputs for proteins' tokens, see `tokens_of`: (B, O), or with "residue" (R, O) of all their residues."""
         batch = pack_ids(tokens)
         hidden_TD = _hidden(self.backbone, batch)
         is_residue_T = torch.from_numpy(np.concatenate([residues_of(self.backbone, ids) for ids in tokens]))
@@ -139,9 +139,7 @@ class HeadedModel(nn.Module):
 
 
 def _hidden(model: Model, batch: PackedBatch) -> torch.Tensor:
-    if isinstance(model, Encoder):
-        return model(batch).hidden_TD
-    hidden_TD: torch.Tensor = model(batch)
+    hidden_TD: torch.Tensor = model(batch).hidden_TD if isinstance(model, Encoder) else model(batch)
     return hidden_TD
 
 
@@ -249,8 +247,6 @@ def load_headed(folder: Path, *, device: str = "auto", precision: str = "auto") 
     head = load_head(folder)
     model = load_model(folder, device=device, precision=precision)
     if head.config.model is not None and model.fingerprint != head.config.model:
-        message = (
-            f"the head was trained with a model of the hash {head.config.model}, that there has {model.fingerprint}"
-        )
+        message = f"the head belongs to a model of the hash {head.config.model}, that there has {model.fingerprint}"
         raise InputError(message, file=folder / HEAD_FILE)
     return HeadedModel(model, head.to(model.device)).eval().requires_grad_(False)
