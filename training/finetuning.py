@@ -216,7 +216,6 @@ def finetune(
     identity = {
         **trainer.identity(),
         **_identity(config),
-        "model": str(model),
         "initial": initial,
         "judged_by": subject.judged_by,
     }
@@ -232,12 +231,12 @@ def finetune(
             adapters.merge()
         _save(subject, backbone, out)
         report = {
-            "model": str(model),
+            "model": backbone.name,
             "task": subject.name,
             "method": config.method,
             "parameters": parameters,
             "trained_parameters": run.trained,
-            "recipe": {**asdict(trainer.config), **_identity(config)},
+            "recipe": {**asdict(trainer.config), "betas": list(trainer.config.betas), **_identity(config)},
             "device": resolved.type,
             "torch": torch.__version__,
             "data": {"file": data.name, **family.facts, **shares.facts, **subject.facts},
@@ -317,6 +316,9 @@ class _Run:
         if self._folder.resume(trainer):
             self.progress = Progress.of(trainer.extra["progress"])
             self._before_s = trainer.extra["seconds"]
+            # The state may be that of an epoch's last step, before the judgement that comes after it.
+            if sum(end <= trainer.step for end in self._ends) > len(self.progress.losses) - 1:
+                self._judge()
         else:
             self._subject.prepare()
             trainer.extra["before"] = self._subject.score()

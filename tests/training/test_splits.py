@@ -83,7 +83,9 @@ def test_subsets_are_nested() -> None:
     assert np.array_equal(found.subset(len(found.train)), found.train)
     assert SUBSETS == (50, 100, 200, 500, 1000)
     for n in (0, len(found.train) + 1):
-        with pytest.raises(InputError, match=rf"{n} proteins to train on: the training share has 64; take 1 to that, .* 50"):
+        with pytest.raises(
+            InputError, match=rf"{n} proteins to train on: the training share has 64; take 1 to that, .* 50"
+        ):
             found.subset(n)
     few = split(random_proteins(10, longest=60, seed=5), backend="kmers")
     with pytest.raises(InputError, match=r"the training share has 8; take 1 to that$"):
@@ -96,7 +98,10 @@ def test_subsets_are_nested() -> None:
         ({"validation": 0.0}, "the validation share is 0.0, expected more than 0 and less than 1"),
         ({"test": 1.0}, "the test share is 1.0, expected more than 0"),
         ({"validation": float("nan")}, "the validation share is nan"),
-        ({"validation": 0.5, "test": 0.5}, "shares of 0.5 for validation and 0.5 for testing leave nothing to train on"),
+        (
+            {"validation": 0.5, "test": 0.5},
+            "shares of 0.5 for validation and 0.5 for testing leave nothing to train on",
+        ),
     ],
 )
 def test_shares_that_cannot_be(shares: dict[str, float], problem: str) -> None:
