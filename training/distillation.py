@@ -158,7 +158,7 @@ def distill(
             "student": config.student,
             "teacher": None if taught_by is None else taught_by.name,
             "teacher_fingerprint": identity["teacher"],
-            "recipe": {**dataclasses.asdict(plan.trainer), **_recipe(config, taught_by)},
+            "recipe": _recipe(config, plan.trainer, taught_by),
             "processes": processes.world,
             "device": resolved.type,
             "torch": torch.__version__,
@@ -299,9 +299,9 @@ def _task(
     return masked, {"context": context, "cropped_sequences": int((corpus.lengths_B > context + 2).sum())}
 
 
-def _recipe(config: DistillConfig, teacher: Encoder | Decoder | None) -> dict[str, Any]:
-    """Of the settings those that took effect, beside the trainer's."""
-    recipe: dict[str, Any] = {"init": config.init, "epochs": config.epochs}
+def _recipe(config: DistillConfig, trainer: TrainerConfig, teacher: Encoder | Decoder | None) -> dict[str, Any]:
+    """Of the settings those that took effect, as JSON."""
+    recipe = {**dataclasses.asdict(trainer), "betas": list(trainer.betas), "init": config.init, "epochs": config.epochs}
     if teacher is not None:
         recipe |= {**dataclasses.asdict(config.options), "rows": config.rows}
     return recipe
