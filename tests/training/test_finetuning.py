@@ -6,6 +6,7 @@ Shapes: B sequences.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import logging
 import math
@@ -110,7 +111,7 @@ def test_an_encoder_learns_its_family(family: Path, encoder: Path, tmp_path: Pat
     assert report["epochs"] == len(report["validation_losses"]) - 1
     # The shares are all of the family, each protein once, and none in two of them.
     shares = {name: _sequences(out / f"{name}.fasta") for name in ("train", "validation", "test")}
-    assert sorted(sum(shares.values(), [])) == sorted(set(_proteins()))
+    assert sorted(itertools.chain(*shares.values())) == sorted(set(_proteins()))
     assert [report["data"][name] for name in shares] == [len(each) for each in shares.values()] == [42, 9, 9]
     # What the report says is what the files hold: the tuned model, and the one before.
     for name, folder in (("after", out), ("before", encoder)):
@@ -425,10 +426,8 @@ def test_command(family: Path, encoder: Path, tmp_path: Path) -> None:
     shown = CliRunner().invoke(app, [*common, "--out", str(tmp_path / "out")])
     assert shown.exit_code == 0, shown.output
     value = report["test"]["after"]
-    assert (
-        f"after, perplexity per residue: {value['value']:.3f} ({value['low']:.3f} to {value['high']:.3f})"
-        in " ".join(shown.stderr.split())
-    )
+    line = f"after, perplexity per residue: {value['value']:.3f} ({value['low']:.3f} to {value['high']:.3f})"
+    assert line in " ".join(shown.stderr.split())
     for extra in (["--labels", str(family)], ["--task", "regression"]):
         wrong = CliRunner().invoke(app, [*common, "--out", str(tmp_path / "other"), *extra])
         assert wrong.exit_code == 2
@@ -442,11 +441,8 @@ def test_command(family: Path, encoder: Path, tmp_path: Path) -> None:
 def test_command_with_labels(encoder: Path, tmp_path: Path) -> None:
     data, labels = _labelled(tmp_path, "mean", "classification")
     options = ["--labels", str(labels.file), "--id-col", "name", "--label-col", "y", "--task", "classification"]
-    result = CliRunner().invoke(
-        app,
-        ["finetune", "--data", str(data), "--model", str(encoder), "--out", str(tmp_path / "out"), *options, "--quick"]
-        + ["--clusters-by", "kmers", "--precision", "fp32"],
-    )
+    common = ["finetune", "--data", str(data), "--model", str(encoder), "--clusters-by", "kmers", "--precision", "fp32"]
+    result = CliRunner().invoke(app, [*common, "--out", str(tmp_path / "out"), *options, "--quick"])
     assert result.exit_code == 0, result.output
     assert "the most frequent class alone:" in result.stderr
     report = json.loads((tmp_path / "out" / "training.json").read_text())

@@ -83,9 +83,7 @@ def test_subsets_are_nested() -> None:
     assert np.array_equal(found.subset(len(found.train)), found.train)
     assert SUBSETS == (50, 100, 200, 500, 1000)
     for n in (0, len(found.train) + 1):
-        with pytest.raises(
-            InputError, match=rf"{n} proteins to train on: the training share has 64; take 1 to that, .* 50"
-        ):
+        with pytest.raises(InputError, match=rf"{n} proteins to train on: the training share has 64; .* 50"):
             found.subset(n)
     few = split(random_proteins(10, longest=60, seed=5), backend="kmers")
     with pytest.raises(InputError, match=r"the training share has 8; take 1 to that$"):
@@ -100,7 +98,7 @@ def test_subsets_are_nested() -> None:
         ({"validation": float("nan")}, "the validation share is nan"),
         (
             {"validation": 0.5, "test": 0.5},
-            "shares of 0.5 for validation and 0.5 for testing leave nothing to train on",
+            "shares of 0.5 for validation and 0.5 for testing leave nothing",
         ),
     ],
 )
