@@ -6,7 +6,10 @@ from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
 
 FOLDERS = ("engine", "kernels", "kernels/gpu", "training", "benchmarks")
-SOURCES = ("cached_attention", "kd_loss", "level", "plan_batches", "rotary_attention", "row_passes", "tokenise")
+SOURCES = (
+    *("cached_attention", "kd_loss", "level", "next_token", "plan_batches"),
+    *("rotary_attention", "row_passes", "tokenise"),
+)
 # On Linux the runtime is the very libgomp that torch brings and has loaded: one pool of threads for both, where a
 # second one would wait beside torch's, which spins. Elsewhere `simd` alone, which needs no runtime: one thread.
 OPENMP = "-fopenmp" if sys.platform == "linux" else "-fopenmp-simd"

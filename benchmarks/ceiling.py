@@ -93,11 +93,17 @@ def int8_gflops(config: EncoderConfig, device: torch.device, *, rows: Sequence[i
     latter takes uint8 activations of zero point 0: for signed ones or another zero point it falls back to a reference
     implementation that is thousands of times slower.
     """
-    layer = _layer_shapes(config)
-    weights = [torch.randint(-127, 128, (out, into), dtype=torch.int8, device=device) for into, out in layer]
+    return int8_product_gflops(_layer_shapes(config), device, rows=rows, repeats=repeats)
+
+
+def int8_product_gflops(
+    shapes: Sequence[tuple[int, int]], device: torch.device, *, rows: Sequence[int], repeats: int = 5
+) -> float:
+    """`int8_gflops` of products of any shapes: inputs and outputs of each."""
+    weights = [torch.randint(-127, 128, (out, into), dtype=torch.int8, device=device) for into, out in shapes]
     best = 0.0
     for M in rows:
-        flops = sum(2 * M * into * out for into, out in layer)
+        flops = sum(2 * M * into * out for into, out in shapes)
         for products in _int8_products(weights, M, device):
             with torch.inference_mode():
                 best = max(best, flops / best_seconds(products, device, repeats) / 1e9)
@@ -167,3 +173,15 @@ def copy_gbytes_per_s(device: torch.device, *, size_bytes: int = 1 << 28, repeat
     source = torch.randint(0, 256, (size_bytes,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * size_bytes / best_seconds(lambda: target.copy_(source), device, repeats) / 1e9
+
+
+def read_gbytes_per_s(device: torch.device, *, size_bytes: int, repeats: int = 5) -> float:
+    """Gigabytes a second of reading a fp32 matrix of that size for its product with a vector; best of `repeats`.
+
+    A matrix that fits into the caches is read from there, as weights of that size would be.
+    """
+    width = 1024
+    matrix = torch.randn(max(1, size_bytes // (4 * width)), width, device=device)
+    vector = torch.randn(width, device=device)
+    with torch.inference_mode():
+        return 4 * matrix.numel() / best_seconds(lambda: matrix.mv(vector), device, repeats) / 1e9

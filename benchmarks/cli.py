@@ -14,17 +14,24 @@ if TYPE_CHECKING:
 
 def bench(
     suite: Annotated[
-        Literal["embed", "nested", "kd", "score"],
+        Literal["embed", "nested", "kd", "score", "generate", "train"],
         typer.Option(
             help="Embedding beside peers; nesting beside its models; the distillation loss beside peers; scores of "
-            "variants beside fair-esm's loop."
+            "variants beside fair-esm's loop; generating beside transformers; distilling beside the published step."
         ),
     ] = "embed",
     quick: Annotated[bool, typer.Option("--quick", help="Minutes instead of hours: little data, few pairs.")] = False,
-    shapes: Annotated[str, typer.Option(help="embed: published sizes, with commas between.")] = "8M,35M",
+    shapes: Annotated[
+        str | None,
+        typer.Option(
+            help="embed: published sizes, with commas between; generate: protgpt2, medium, small, tiny, micro.",
+            show_default="8M,35M; generate all, quick tiny,micro",
+        ),
+    ] = None,
     mix: Annotated[str, typer.Option(help="embed: uniprot, uniform, antibody, with commas between.")] = "uniprot",
     precisions: Annotated[
-        str | None, typer.Option(help="embed, score: of ours, with commas between.", show_default="all of the device's")
+        str | None,
+        typer.Option(help="embed, score, generate: of ours, with commas between.", show_default="all of the device's"),
     ] = None,
     sequences: Annotated[
         int | None, typer.Option(help="embed, nested: proteins.", min=1, show_default="200; nested 6")
@@ -34,6 +41,11 @@ def bench(
         int | None,
         typer.Option(help="score: residues of each pass, of those with variants.", min=1, show_default="48; GPU all"),
     ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(help="generate: of each sequence.", min=3, show_default="200, of large models on a CPU fewer"),
+    ] = None,
+    batch: Annotated[int, typer.Option(help="generate: sequences of a batch.", min=2)] = 64,
     model: Annotated[
         str | None,
         typer.Option(help="score: name, folder or .pt file.", show_default="8M beside the checkout, or random"),
@@ -46,7 +58,7 @@ def bench(
     esm_cpp_python: Annotated[
         Path | None, typer.Option(help="embed: Python of an environment that has esm-cpp (it needs numpy < 2).")
     ] = None,
-    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="nested runs on the CPU only.")] = "auto",
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="nested, train: the CPU alone.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads; torch's own choice by default.", min=1)] = None,
     seed: Annotated[int, typer.Option(help="Of samples and made-up numbers.")] = 0,
     out: Annotated[Path | None, typer.Option(help="JSON lines; rows are appended.", show_default="none")] = None,
@@ -65,7 +77,7 @@ def bench(
     from .rows import append_rows
 
     where = resolve_device(device)
-    if suite == "nested":
+    if suite in ("nested", "train"):
         where = torch.device("cpu")
     if threads is not None:
         torch.set_num_threads(threads)
@@ -73,14 +85,14 @@ def bench(
     given = {
         **{"shapes": shapes, "mix": mix, "precisions": precisions, "sequences": sequences, "pairs": pairs},
         **{"peers": peers, "fasta": fasta, "esm_cpp_python": esm_cpp_python, "seed": seed},
-        **{"positions": positions, "model": model},
+        **{"positions": positions, "model": model, "tokens": tokens, "batch": batch},
     }
     if where.type == "cuda":
         torch.cuda.reset_peak_memory_stats(where)
     try:
-        rows, tables = {"embed": _embed, "nested": _nested, "kd": _kd, "score": _score}[suite](
-            where, quick, given, console
-        )
+        suites = {"embed": _embed, "nested": _nested, "kd": _kd, "score": _score, "generate": _generate}
+        run = (suites | {"train": _train})[suite]
+        rows, tables = run(where, quick, given, console)
     except (ParityError, RuntimeError, ValueError) as error:
         # Errors that a user can mend are known to the command line already, also by these names.
         if type(error) not in (ParityError, RuntimeError, ValueError):
@@ -121,7 +133,7 @@ def _embed(
     peers = given["peers"]
     try:
         settings = EmbedSettings(
-            shapes=split_words(given["shapes"], list(SHAPES), "--shapes"),
+            shapes=split_words(given["shapes"] or "8M,35M", list(SHAPES), "--shapes"),
             mixes=split_words(given["mix"], MIXES, "--mix"),
             sequences=given["sequences"] or 200,
             pairs=given["pairs"] or 5,
@@ -170,3 +182,24 @@ def _score(
     options = {name: given[name] for name in ("precisions", "positions", "pairs")}
     rows = run_scores(plan_scores(device, **options, quick=quick), console, model=given["model"], seed=given["seed"])
     return rows, score_tables(rows)
+
+
+def _generate(
+    device: Any, quick: bool, given: dict[str, Any], console: Console
+) -> tuple[list[dict[str, Any]], list[Table]]:
+    from .bench_generate import generation_tables, plan_generation, plan_problems, run_generation
+
+    options = {name: given[name] for name in ("precisions", "pairs", "batch", "seed")}
+    plan = plan_generation(device, **options, quick=quick)
+    wanted = {name: given[name] for name in ("shapes", "tokens", "seed")}
+    rows = run_generation(plan_problems(device, **wanted, quick=quick), plan, console)
+    return rows, generation_tables(rows)
+
+
+def _train(
+    device: Any, quick: bool, given: dict[str, Any], console: Console
+) -> tuple[list[dict[str, Any]], list[Table]]:
+    from .bench_train import PROBLEMS, run_train, train_table
+
+    rows = run_train(list(PROBLEMS), console, pairs=given["pairs"] or 5, quick=quick, seed=given["seed"])
+    return rows, [train_table(rows)]

@@ -24,7 +24,7 @@ from typing import Any
 
 Section = Callable[[], list[dict[str, Any]]]
 
-_SECTIONS = ("tests", "parity", "kernels", "kd", "graphs", "throughput")
+_SECTIONS = ("tests", "parity", "kernels", "kd", "graphs", "generate", "throughput")
 # Left of the time for writing and for passes that cannot be cut short.
 _RESERVE_SECONDS = 30.0
 # Some sixty kernels are compiled for them.
@@ -59,9 +59,12 @@ def _sections(options: argparse.Namespace, begin: float, device: Any) -> list[tu
     """The sections that were asked for, in order; each is given its time when it starts."""
     from protnest.benchmarks.comparison import SHAPES
     from protnest.benchmarks.encoder_kernels import graph_rows, kernel_rows
+    from protnest.benchmarks.generate_problems import Problem as Generated
     from protnest.benchmarks.gpu_suite import (
+        GENERATE_PROBLEMS,
         KD_PROBLEMS,
         SMALL_SHAPES,
+        generate_rows,
         kd_parity_rows,
         kd_rows,
         parity_rows,
@@ -103,6 +106,10 @@ def _sections(options: argparse.Namespace, begin: float, device: Any) -> list[tu
     def measure_loss(problem: Problem) -> list[dict[str, Any]]:
         return kd_rows(problem, device, deadline=time.perf_counter() + min(_KD_SECONDS, left()))
 
+    def generate(problem: Generated) -> list[dict[str, Any]]:
+        left()
+        return generate_rows(problem, device)
+
     def measure(index: int) -> list[dict[str, Any]]:
         # What is left is shared among the shapes that are left.
         share = left() / (len(shapes) - index)
@@ -124,6 +131,8 @@ def _sections(options: argparse.Namespace, begin: float, device: Any) -> list[tu
     if "graphs" in options.sections:
         small = [shape for shape in shapes if SHAPES[shape].width <= WIDEST]
         sections += [("graphs", partial(compare_graphs, shape)) for shape in small]
+    if "generate" in options.sections:
+        sections += [("generate", partial(generate, problem)) for problem in GENERATE_PROBLEMS]
     if "throughput" in options.sections:
         sections += [("throughput", partial(measure, index)) for index in range(len(shapes))]
     return sections
@@ -205,6 +214,8 @@ def _summary(rows: Sequence[dict[str, Any]]) -> str:
         return f"{first['shape']} {first['precision']}: " + "; ".join(
             _gain(row) for row in rows if row["engine"] == "eager"
         )
+    if "tokens_per_s_median" in first:
+        return f"{first['shape']}: " + "; ".join(_generated(row) for row in rows)
     if "residues_per_s_median" in first:
         return "; ".join(_rate(row) for row in rows)
     if "operation" in first:
@@ -217,6 +228,12 @@ def _summary(rows: Sequence[dict[str, Any]]) -> str:
 def _rate(row: dict[str, Any]) -> str:
     text = f"{row['shape']} {row['engine']} {row['precision']} {row['residues_per_s_median']:,.0f} residues/s"
     faster = row["ours_times_faster_median"]
+    return text if faster is None else f"{text}, ours {faster:.2f} times faster"
+
+
+def _generated(row: dict[str, Any]) -> str:
+    text = f"{row['engine']} {row['precision']} x {row['batch']} {row['residues_per_s_median']:,.0f} residues/s"
+    faster = row["times_generate_median"] or row["times_pipeline_median"]
     return text if faster is None else f"{text}, ours {faster:.2f} times faster"
 
 

@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from protnest.benchmarks.ceiling import copy_gbytes_per_s
 from protnest.benchmarks.comparison import Plan, compare
+from protnest.benchmarks.generate_comparison import GeneratePlan, compare_generation
+from protnest.benchmarks.generate_problems import Problem as Generated
 from protnest.benchmarks.kd_comparison import KDPlan, allowed_errors, compare_kd, measure_errors
 from protnest.benchmarks.kd_engines import COMPILED, EAGER, LIGER, OURS, protnest
 from protnest.benchmarks.kd_problems import BOTH, HEADS, LOGITS, OPERATIONS, Data, Problem
@@ -54,6 +56,12 @@ KD_PROBLEMS: tuple[Problem, ...] = (
     Problem(operation=HEADS, vocabulary=50_257, rows=8192, segments="long", precision="bf16"),
 )
 """What the distillation loss is timed on."""
+
+GENERATE_PROBLEMS: tuple[Generated, ...] = (
+    Generated(shape="tiny", tokens=200),
+    Generated(shape="protgpt2", tokens=64),
+)
+"""What generation is timed on: the smallest published student, and the teacher for fewer tokens."""
 
 KD_VOCABULARIES = (33, 256, 257, 50_257)
 """Both kinds of kernels, and the edge between them."""
@@ -337,3 +345,32 @@ def kd_rows(
     copy_rate = round(copy_gbytes_per_s(device), 1)
     plan = KDPlan(device=device, copy_gbytes_per_s=copy_rate, pairs=pairs, peers=peers, ours=ours, deadline=deadline)
     return [row | {"copy_gbytes_per_s": copy_rate, "ok": True} for row in compare_kd(problem, plan)]
+
+
+def generate_rows(
+    problem: Generated,
+    device: torch.device,
+    *,
+    precisions: Sequence[str] = ("fp32", "bf16"),
+    pairs: int = 3,
+    batch: int = 64,
+    memory: bool = True,
+) -> list[Row]:
+    """Generation beside transformers' pipeline and `generate`, each in the same precision; see `generate_comparison`.
+
+    Args:
+        problem: shape and tokens.
+        device: where.
+        precisions: of ours and of transformers; fp32 is among them.
+        pairs: turns.
+        batch: sequences of a batch.
+        memory: also watch each engine's memory, in processes of their own.
+
+    Raises:
+        ParityError: an answer of ours is wrong, or sequences have other lengths than they should.
+        RuntimeError: transformers is not installed, or a process that watches memory failed.
+    """
+    plan = GeneratePlan(
+        precisions=precisions, peer_precisions=precisions, pairs=pairs, batch=batch, memory=memory, device=device
+    )
+    return [row | {"ok": True} for row in compare_generation(problem, plan)]

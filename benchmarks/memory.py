@@ -20,6 +20,11 @@ class PeakMemory:
         self._device = device
         self._before = self._start()
 
+    @property
+    def held_bytes(self) -> int | None:
+        """Bytes held when it was made; None where the system does not tell."""
+        return self._before
+
     def _start(self) -> int | None:
         gc.collect()
         if self._device.type == "cuda":

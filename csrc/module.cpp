@@ -14,6 +14,7 @@
 #include "cached_attention.hpp"
 #include "kd_loss.hpp"
 #include "level.hpp"
+#include "next_token.hpp"
 #include "plan_batches.hpp"
 #include "rotary_attention.hpp"
 #include "row_passes.hpp"
@@ -345,6 +346,48 @@ void cached_attention(const py::tuple& qkv, py::array& keys, py::array& values, 
     protnest::cached_attention(input, chosen, threads, to);
 }
 
+// Optional penalties and limits come as the numbers that do nothing: penalty 1, top_k V, top_p 1.
+void next_token(const py::tuple& logits, const py::array& seen, const Integers& slots, const py::array& sizes,
+                const Integers& room, const py::array& may_end, const py::array& uniform, std::int64_t end,
+                float repetition_penalty, double temperature, std::int64_t top_k, double top_p, const std::string& level,
+                int threads, py::array& chosen, py::array& log_p) {
+    const py::ssize_t B = slots.size(), V = sizes.size(), S = seen.ndim() == 2 ? seen.shape(0) : 0;
+    if (end < 0 || end >= V) throw py::value_error("the end is no token");
+    if (top_k < 1 || top_k > V) throw py::value_error("top_k must be from 1 to all tokens");
+    if (!(temperature > 0) || !(top_p > 0) || !(repetition_penalty > 0)) {
+        throw py::value_error("temperature, top_p and repetition_penalty must be above 0");
+    }
+    const protnest::Product product = product_of(logits, B, V);
+    expect_block(seen, S * V, 1), expect_block(sizes, V, sizeof(std::int32_t)), expect_block(room, B, sizeof(std::int64_t));
+    expect_block(may_end, B, 1), expect_block(uniform, B, sizeof(double));
+    expect_block(chosen, B, sizeof(std::int64_t)), expect_block(log_p, B, sizeof(double));
+    for (py::ssize_t b = 0; b < B; ++b) {
+        if (slots.data()[b] < 0 || slots.data()[b] >= S) {
+            throw py::value_error("sequence " + std::to_string(b) + ": slot " + std::to_string(slots.data()[b]) +
+                                  ", but there are " + std::to_string(S));
+        }
+    }
+    const protnest::NextTokenInput input{product,
+                                         static_cast<const std::uint8_t*>(seen.data()),
+                                         slots.data(),
+                                         static_cast<const std::int32_t*>(sizes.data()),
+                                         room.data(),
+                                         static_cast<const std::uint8_t*>(may_end.data()),
+                                         static_cast<const double*>(uniform.data()),
+                                         B,
+                                         V,
+                                         end,
+                                         repetition_penalty,
+                                         temperature,
+                                         top_k,
+                                         top_p};
+    const protnest::Level level_chosen = protnest::level_named(level);
+    auto* to = static_cast<std::int64_t*>(chosen.mutable_data());
+    auto* nats = static_cast<double*>(log_p.mutable_data());
+    const py::gil_scoped_release release;
+    protnest::next_token(input, level_chosen, threads, to, nats);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -359,6 +402,11 @@ PYBIND11_MODULE(_C, module) {
     module.def("cached_attention", &cached_attention, py::arg("qkv").noconvert(), py::arg("keys").noconvert(),
                py::arg("values").noconvert(), py::arg("slots").noconvert(), py::arg("lengths").noconvert(),
                py::arg("level"), py::arg("threads"), py::arg("out").noconvert());
+    module.def("next_token", &next_token, py::arg("logits").noconvert(), py::arg("seen").noconvert(),
+               py::arg("slots").noconvert(), py::arg("sizes").noconvert(), py::arg("room").noconvert(),
+               py::arg("may_end").noconvert(), py::arg("uniform").noconvert(), py::arg("end"),
+               py::arg("repetition_penalty"), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"),
+               py::arg("level"), py::arg("threads"), py::arg("chosen").noconvert(), py::arg("log_p").noconvert());
     module.def("add_norm", &add_norm, py::arg("x").noconvert(), py::arg("product"), py::arg("weight"), py::arg("bias"),
                py::arg("eps"), py::arg("target"), py::arg("level"), py::arg("threads"));
     module.def("bias_gelu", &bias_gelu, py::arg("rows"), py::arg("columns"), py::arg("product"), py::arg("times"),

@@ -4,7 +4,7 @@ A prompt is run once; its keys and values are copied into each slot. From then o
 sequence, whatever their lengths. Limits of length are kept by forbidding tokens, not by throwing sequences away: no end
 before the least residues, no token that would go beyond the most, and the end once they are reached.
 
-Shapes: B running sequences, V vocabulary.
+Shapes: V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,14 +16,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from ..kernels.cached_attention import KeyValueCache, cache_prompts, cached_attention
-from ..kernels.product import Product
-from ..kernels.varlen_attention import varlen_attention
 from .alphabet import RESIDUES
-from .decoder import Decoder, pack_ids
+from .decode_step import DecodeStep, Turn
+from .decoder import Decoder
 from .errors import InputError
 from .fasta import clean_sequence
-from .sampling import SamplingOptions, choose, next_probabilities, uniform_numbers
+from .sampling import SamplingOptions, uniform_numbers
 
 DEFAULT_BATCH = 64
 
@@ -121,12 +119,8 @@ class Generator:
         context = [vocabulary.encode(clean_sequence(each)) for each in options.context]
         self._prompt = np.concatenate([*context, vocabulary.encode(prompt, whole=False)])
         self._prompt_text = prompt
-        # What is no residue takes up room in a sequence, too.
-        letters = [len(vocabulary.decode(np.array([token]))) for token in range(vocabulary.size)]
-        self._letters_V = torch.tensor(letters)
-        self._most_in_token = max(letters)
-        self._never_V = self._find_never()
-        self._has_never = bool(self._never_V.any())
+        self._letters_V = vocabulary.letters_V
+        self._most_in_token = int(self._letters_V.max())
         self._check()
 
     def _check(self) -> None:
@@ -169,20 +163,25 @@ class Generator:
             count: how many.
             first: number of the first one.
             after_step: called with the tokens that have just been sampled.
+
+        Raises:
+            InputError: the model gives logits that are no numbers.
         """
         slots = min(self.options.batch, count)
         if not slots:
             return
-        caches = self._caches(slots)
+        step = DecodeStep(self.decoder, slots, self.options.sampling.filters())
+        step.read_prompt(self._prompt)
         free = list(range(slots))
         running: list[_Running] = []
         done: dict[int, Design] = {}
         following, wanted = first, first
         while wanted < first + count:
             while free and following < first + count:
-                running.append(self._start(following, free.pop(0), caches, slots))
+                running.append(self._start(following, free.pop(0)))
+                step.begin(running[-1].slot, len(self._prompt))
                 following += 1
-            caches = self._step(running, caches)
+            self._advance(running, *step.run([self._turn(each) for each in running]))
             after_step(len(running))
             for each in [each for each in running if self._is_done(each)]:
                 running.remove(each)
@@ -192,84 +191,36 @@ class Generator:
                 yield done.pop(wanted)
                 wanted += 1
 
-    def _caches(self, slots: int) -> list[KeyValueCache]:
-        """A cache a layer, with a slot more that holds the prompt but for its last token."""
-        config, decoder = self.decoder.config, self.decoder
-        dtype = torch.bfloat16 if decoder.product_dtype == torch.bfloat16 else torch.float32
-        places = min(config.places, 2 * len(self._prompt) + 64)
-        caches = [
-            KeyValueCache.empty(slots + 1, config.heads, places, config.head_width, dtype=dtype, device=decoder.device)
-            for _ in range(config.layers)
-        ]
-        if len(self._prompt) > 1:
-            batch = pack_ids([self._prompt[:-1]]).to(decoder.device)
-            T, slot = len(self._prompt) - 1, torch.tensor([slots], device=decoder.device)
+    def _start(self, number: int, slot: int) -> _Running:
+        uniform = uniform_numbers(self.options.seed, number, self.decoder.config.places)
+        return _Running(number, slot, self._prompt.tolist(), len(self._prompt_text), uniform)
 
-            def attend(layer: int, qkv: Product) -> torch.Tensor:
-                qkv_TC = qkv.numbers()
-                cache_prompts(qkv_TC, caches[layer], slot, batch.cu_seqlens, batch.lengths_B)
-                q, k, v = qkv_TC.view(T, 3 * config.heads, config.head_width).chunk(3, dim=1)
-                return varlen_attention(q, k, v, batch.cu_seqlens, batch.lengths_B, causal=True).flatten(1)
-
-            decoder.run(batch.tokens_T, torch.arange(T, device=decoder.device), attend)
-        return caches
-
-    def _start(self, number: int, slot: int, caches: list[KeyValueCache], prompt_slot: int) -> _Running:
-        before = len(self._prompt) - 1
-        for cache in caches:
-            for part_SHPK in cache:
-                part_SHPK[slot, :, :before] = part_SHPK[prompt_slot, :, :before]
-        numbers = uniform_numbers(self.options.seed, number, self.decoder.config.places)
-        return _Running(number, slot, self._prompt.tolist(), len(self._prompt_text), numbers)
-
-    def _step(self, running: list[_Running], caches: list[KeyValueCache]) -> list[KeyValueCache]:
-        device = self.decoder.device
-        lengths = [len(each.ids) - 1 for each in running]
-        caches = [cache.grown(min(self.decoder.config.places, max(lengths) + 1)) for cache in caches]
-        tokens_B = torch.tensor([each.ids[-1] for each in running], device=device)
-        slots_B = torch.tensor([each.slot for each in running], device=device)
-        lengths_B = torch.tensor(lengths, device=device)
-
-        def attend(layer: int, qkv: Product) -> torch.Tensor:
-            return cached_attention(qkv, caches[layer], slots_B, lengths_B)
-
-        logits_BV = self.decoder.logits(self.decoder.run(tokens_B, lengths_B, attend)).float()
-        longest = max(lengths) + 1
-        seen_BT = torch.tensor(
-            [each.ids + each.ids[-1:] * (longest - len(each.ids)) for each in running], device=device
+    def _turn(self, each: _Running) -> Turn:
+        options, length = self.options, len(each.ids)
+        most = (
+            self.decoder.config.places * self._most_in_token if options.max_residues is None else options.max_residues
         )
-        forbidden = [self._forbidden(each) for each in running]
-        ids_BK, p_BK = next_probabilities(logits_BV, seen_BT, forbidden, self.options.sampling)
-        uniform = [each.uniform[len(each.ids)] for each in running]
-        chosen_B = choose(ids_BK, p_BK, torch.tensor(uniform, dtype=torch.float64, device=device))
-        picked_B = logits_BV.gather(1, chosen_B[:, None])[:, 0].double() - logits_BV.logsumexp(dim=1).double()
-        for each, token, nats in zip(running, chosen_B.tolist(), picked_B.tolist(), strict=True):
+        return Turn(
+            slot=each.slot,
+            token=each.ids[-1],
+            length=length - 1,
+            room=most - each.residues,
+            may_end=each.residues >= options.min_residues,
+            uniform=each.uniform[length],
+        )
+
+    def _advance(self, running: list[_Running], chosen: list[int], nats: list[float]) -> None:
+        for each, token, log_p in zip(running, chosen, nats, strict=True):
+            if math.isnan(log_p):
+                message = (
+                    f"{self.decoder.name} gives logits that are no numbers at token {len(each.ids)} of sequence "
+                    f"{each.number}, in {self.decoder.precision}"
+                )
+                raise InputError(message)
             each.ids.append(token)
-            each.log_likelihood += nats
+            each.log_likelihood += log_p
             if token != self.decoder.vocabulary.end:
                 each.residues += int(self._letters_V[token])
-        return caches
-
-    def _forbidden(self, each: _Running) -> torch.Tensor | None:
-        """Tokens that limits forbid; None where they forbid none."""
-        options, end = self.options, self.decoder.vocabulary.end
-        left = math.inf if options.max_residues is None else options.max_residues - each.residues
-        if left >= self._most_in_token and each.residues >= options.min_residues and not self._has_never:
-            return None
-        mask_V = self._never_V.clone()
-        if left < self._most_in_token:
-            # Once there is no room left the end is all that remains: line breaks could go on for ever.
-            mask_V |= self._letters_V > left if left > 0 else torch.ones_like(mask_V)
-        mask_V[end] = each.residues < options.min_residues
-        return mask_V.to(self.decoder.device)
-
-    def _find_never(self) -> torch.Tensor:
-        """Special tokens beside the end: of a vocabulary of residues, those that stand for none."""
-        never_V = torch.zeros(len(self._letters_V), dtype=torch.bool)
-        if self._most_in_token == 1:
-            never_V |= self._letters_V == 0
-            never_V[self.decoder.vocabulary.end] = False
-        return never_V
 
     def _is_done(self, each: _Running) -> bool:
         return each.ids[-1] == self.decoder.vocabulary.end or len(each.ids) >= self.decoder.config.places

@@ -55,7 +55,8 @@ def load_model(
         _logger.info("%s: set aside, no part of the model: %s", found.name, ", ".join(set_aside))
     if dtype == torch.int8:
         return quantised(found) if isinstance(found, Encoder) else quantised_decoder(found)
-    return found.to(device=where, dtype=dtype).requires_grad_(False)
+    found = found.to(device=where, dtype=dtype).requires_grad_(False)
+    return found.turn_matrices() if isinstance(found, Decoder) and where.type == "cpu" else found
 
 
 def load_encoder(model: str | Path = DEFAULT_MODEL, *, device: str = "auto", precision: str = "auto") -> Encoder:
@@ -66,7 +67,9 @@ def load_encoder(model: str | Path = DEFAULT_MODEL, *, device: str = "auto", pre
     """
     found = load_model(model, device=device, precision=precision)
     if not isinstance(found, Encoder):
-        message = f"{found.name} is a decoder, which generates and can be evaluated; this takes an encoder"
+        message = (
+            f"{found.name} is a decoder, which generates, scores variants and can be evaluated; this takes an encoder"
+        )
         raise InputError(message)
     return found
 

@@ -18,7 +18,7 @@ class ResidueProgress:
         doing: what is done then, and to what.
 
     Attributes:
-        seconds: from the first batch to the end of the run.
+        seconds: from the first batch to the end of the run, or of its last stage.
     """
 
     def __init__(
@@ -59,6 +59,12 @@ class ResidueProgress:
         verb, noun = self._doing
         description = f"{verb} {records:,} {noun}"
         self._bar.update(self._task, description=description, total=work, completed=done)
+
+    def stage(self, words: str, residues: int) -> None:
+        """Another part of a run in several begins: what it does, and to how many residues."""
+        self._started, self._now = time.perf_counter(), 0
+        # What is left is guessed from this part's own pace.
+        self._bar.reset(self._task, description=words, total=residues, rate="")
 
     def advance(self, residues: int) -> None:
         """A batch of so many residues is done."""

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from ..kernels.add_norm import add_norm
 from ..kernels.bias_gelu import Move
+from ..kernels.product import Product
 from ..kernels.varlen_attention import varlen_attention
 from .decoder import Decoder, DecoderLayer, pack_ids
 from .errors import InputError
@@ -33,10 +34,13 @@ class QuantisedDecoder(Int8Model, Decoder):
 
     head: QuantisedLinear
 
-    def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+    def head_product(self, hidden_ND: torch.Tensor) -> Product:
         move = self.head.move
         assert move is not None
-        product = self.head.product(hidden_ND * move.times_F - move.minus_F)
+        return self.head.product(hidden_ND * move.times_F - move.minus_F)
+
+    def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        product = self.head_product(hidden_ND)
         # One pass in C++ in the place of six in torch, each over all of the vocabulary.
         zeros_NV = torch.zeros(product.values_NO.shape, dtype=torch.float32)
         return add_norm(zeros_NV, product, None, dtype=torch.float32)[0]

@@ -75,11 +75,19 @@ class MemoryBudget:
     Args:
         device: what messages call the place that is short of memory.
         after_failure: called before work is cut, to let go of memory that can be done without.
+        advice: what messages say needs less memory.
     """
 
-    def __init__(self, device: torch.device, *, after_failure: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        after_failure: Callable[[], None] = lambda: None,
+        advice: str = "windows, a lower precision or a smaller model need less",
+    ) -> None:
         self._device = device
         self._after_failure = after_failure
+        self._advice = advice
         # By level: the fewest tokens that failed, and the most that ran since.
         self._failed: dict[int, int] = {}
         self._fitted: dict[int, int] = {}
@@ -151,6 +159,6 @@ class MemoryBudget:
     def _too_long(self, piece: Piece, problem: str) -> DoesNotFit:
         reason = (
             f"a run of {piece.end - piece.begin} residues does not fit into the memory of "
-            f"{self._device}, not even alone ({problem}); windows, a lower precision or a smaller model need less"
+            f"{self._device}, not even alone ({problem}); {self._advice}"
         )
         return DoesNotFit(piece.row, reason)

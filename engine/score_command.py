@@ -36,14 +36,14 @@ def score(
     model: Annotated[
         str | None,
         typer.Option(
-            help="Bundled name, folder in Hugging Face layout, fair-esm .pt file, or published name; several, joined "
-            "by commas, are an ensemble (with --head the chain's models, smallest first).",
+            help="Encoder or decoder: bundled name, folder in Hugging Face layout, fair-esm .pt file, or published "
+            "name; several, joined by commas, are an ensemble (with --head the chain's models, smallest first).",
             show_default="nano-s; with --head the names that it was fitted on",
         ),
     ] = None,
     method: Annotated[
         Literal["masked-marginal", "wt-marginal", "mutant-marginal", "pseudo-ll"],
-        typer.Option(help="What a score is; only pseudo-ll takes insertions and deletions."),
+        typer.Option(help="What a score is; only pseudo-ll takes insertions and deletions, and decoders."),
     ] = "masked-marginal",
     compat: Annotated[
         Literal["fair-esm"] | None,

@@ -196,7 +196,7 @@ def _settings(
     return {
         "method": HEAD_METHOD if models.head is not None else job.method,
         "compat": job.compat,
-        "models": [[member.name, member.fingerprint] for member in models.family.members],
+        "models": [[name, fingerprint] for name, fingerprint in models.fingerprints],
         "language_heads": [*models.language_heads.values()],
         "head": None if models.head is None else models.head.fingerprint,
         "chain": None if models.chain is None else models.chain.fingerprint,

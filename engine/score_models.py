@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from .assay import AssayOptions
 from .chain import Chain
+from .decoder import Decoder
+from .encoder import Encoder
 from .errors import InputError
 from .family import Family
-from .models import DEFAULT_MODEL, load_encoder
+from .likelihoods import Reach, check_decoder_method
+from .models import DEFAULT_MODEL, load_encoder, load_model
 from .ridge_head import RidgeHead
 from .score_run import Scorer
 from .score_survey import SurveyOptions
-from .scorers import HeadScorer, ModelScorer, language_head_hash
+from .scorers import HeadScorer, LikelihoodScorer, ModelScorer, language_head_hash
 from .scoring import SITE_METHODS, check_variant
 from .variants import Variant
 
@@ -78,11 +81,16 @@ class ScoreModels:
 
     Attributes:
         head, chain: what was read of the job's files.
-        family: the models.
-        language_heads: hashes of their language-model heads, by place, where these score.
+        family: the encoders that a head reads, None without one.
+        names: of the models whose scores are aggregated.
+        fingerprints: name and hash of each model that runs.
+        language_heads: where the models themselves score, by place: hash of an encoder's language-model head, or of a
+            decoder's vocabulary, of which the model's own knows nothing.
+        precision, device: in which, and on which, they run.
 
     Raises:
-        InputError: a file cannot be read, a model is none, or head, chain and models do not belong together.
+        InputError: a file cannot be read, a model is none, the method is not defined for it, or head, chain and models
+            do not belong together.
     """
 
     def __init__(self, job: ScoreJob) -> None:
@@ -95,48 +103,64 @@ class ScoreModels:
         elif self.chain is not None:
             message = "a chain is read by a ridge head: --chain goes with --head"
             raise InputError(message)
-        names = names or (DEFAULT_MODEL,)
+        self._paths = names or (DEFAULT_MODEL,)
+        self.family: Family | None = None
         self.language_heads: dict[int, str] = {}
-
-        def load(place: int) -> Any:
-            encoder = load_encoder(names[place], device=job.device, precision=job.precision)
-            if self.head is None:
-                self.language_heads[place] = language_head_hash(encoder)
-            return encoder
-
-        self.family = Family(load, len(names), resident=self.head is not None or len(names) == 1)
+        self._reaches: list[Reach] = []
+        self._reached: set[str] = set()
+        self._held: tuple[int, Encoder | Decoder] | None = None
         if self.head is not None:
-            self.head.check_models(self.family.members, self.chain)
+            self._read_family(self.head, self._paths)
+        else:
+            self._meet()
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Of those whose scores are aggregated."""
+    def _read_family(self, head: RidgeHead, paths: Sequence[str]) -> None:
+        job = self._job
+        self.family = Family(
+            lambda place: load_encoder(paths[place], device=job.device, precision=job.precision), len(paths)
+        )
         members = self.family.members
-        return tuple(member.name for member in (members[-1:] if self.head is not None else members))
+        head.check_models(members, self.chain)
+        self.names: tuple[str, ...] = (members[-1].name,)
+        self.fingerprints = [(member.name, member.fingerprint) for member in members]
+        self.precision, self.device = self.family[0].precision, members[0].device.type
 
-    @property
-    def precision(self) -> str:
-        """In which they run."""
-        return self.family[0].precision
+    def _meet(self) -> None:
+        """Loads each model once, to learn what it is."""
+        self.fingerprints = []
+        for place in range(len(self._paths)):
+            model = self._model(place)
+            if isinstance(model, Decoder):
+                check_decoder_method(model.name, self._job.method, self._job.compat)
+                self.language_heads[place] = model.vocabulary.fingerprint
+                self._reaches.append(Reach.of(model))
+            else:
+                self.language_heads[place] = language_head_hash(model)
+            self.fingerprints.append((model.name, model.fingerprint))
+            # All are asked for in the same precision, on the same device.
+            self.precision, self.device = model.precision, model.device.type
+        self.names = tuple(name for name, _ in self.fingerprints)
 
-    @property
-    def device(self) -> str:
-        """On which they run."""
-        return self.family.members[0].device.type
+    def _model(self, place: int) -> Encoder | Decoder:
+        """The model at a place; the one before it is let go of first."""
+        if self._held is None or self._held[0] != place:
+            self._held = None
+            model = load_model(self._paths[place], device=self._job.device, precision=self._job.precision)
+            self._held = (place, model)
+        return self._held[1]
 
     def scorer(self, place: int, after_batch: Callable[[int], None]) -> Scorer:
         """What asks the model at a place."""
         job = self._job
-        if self.head is not None:
+        if self.head is not None and self.family is not None:
             return HeadScorer(
                 self.head, self.family, chain=self.chain, max_tokens=job.max_tokens, after_batch=after_batch
             )
+        model = self._model(place)
+        if isinstance(model, Decoder):
+            return LikelihoodScorer(model, max_tokens=job.max_tokens, after_batch=after_batch)
         return ModelScorer(
-            self.family[place],
-            method=job.method,
-            compat=job.compat,
-            max_tokens=job.max_tokens,
-            after_batch=after_batch,
+            model, method=job.method, compat=job.compat, max_tokens=job.max_tokens, after_batch=after_batch
         )
 
     def survey_options(self) -> SurveyOptions:
@@ -156,11 +180,20 @@ class ScoreModels:
         return SurveyOptions(
             by_site=job.method in SITE_METHODS,
             with_wild_type=job.method == "pseudo-ll" and job.compat is None,
-            check=lambda variant, wild_type: check_variant(variant, job.method),
+            check=self._check,
             on_error=job.on_error,
             number_columns=numbers,
             class_columns=classes,
         )
+
+    def _check(self, variant: Variant, wild_type: str) -> None:
+        check_variant(variant, self._job.method)
+        for reach in self._reaches:
+            reach.check(variant.sequence)
+        if wild_type not in self._reached:
+            for reach in self._reaches:
+                reach.check(wild_type)
+            self._reached.add(wild_type)
 
 
 def _check_head(head: RidgeHead, variant: Variant, wild_type: str) -> None:

@@ -1,4 +1,4 @@
-"""What scores units of a run: a language-model head by one of its methods, or a fitted ridge head."""
+"""What scores units of a run: an encoder's language-model head by a method, a decoder, or a fitted ridge head."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from .chain import Chain
+from .decoder import Decoder
 from .embedder import default_max_tokens
 from .encoder import Encoder
 from .family import Family
+from .likelihoods import LikelihoodRunner
 from .queries import QueryRunner
 from .ridge_head import RidgeHead, score_with_head
 from .score_state import Values
@@ -75,6 +77,43 @@ def language_head_hash(encoder: Encoder) -> str:
     for tensor in head.state_dict().values():
         digest.update(tensor.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+class LikelihoodScorer:
+    """A decoder's log-likelihoods, see `likelihoods`; a `score_run.Scorer`.
+
+    Args:
+        decoder: reads every protein whole.
+        max_tokens: most tokens in a batch; the device's usual number by default.
+        after_batch: called with the number of residues that have just been run.
+    """
+
+    by_site = False
+    in_one_go = False
+    against_wild_type = True
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        max_tokens: int | None,
+        after_batch: Callable[[int], None],
+    ) -> None:
+        self._runner = LikelihoodRunner(decoder, max_tokens=max_tokens, after_batch=after_batch)
+        self.name = decoder.name
+        # Of byte pairs each may hold several residues; no run is divided by this.
+        self.limit = decoder.config.places
+        self.max_tokens = self._runner.max_tokens
+
+    def run_sites(self, wild_type: str, places: Sequence[int]) -> Values:
+        message = "a decoder reads mutants, not sites"
+        raise NotImplementedError(message)
+
+    def run_mutants(self, variants: Sequence[Variant], wild_type: str) -> Values:
+        return self._runner.run([variant.sequence for variant in variants])
+
+    def cost(self, length: int, wild_type: str) -> int:
+        return length
 
 
 class HeadScorer:

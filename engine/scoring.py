@@ -6,6 +6,7 @@ With x the wild type, y the mutant and i the mutated sites,
     wt-marginal       sum_i  log p(y_i | x) - log p(x_i | x)                           nothing masked
     mutant-marginal   sum_i  log p(y_i | y) - log p(x_i | y)                           nothing masked
     pseudo-ll         PLL(y) - PLL(x),   PLL(z) = sum_j log p(z_j | z without j)       j over all residues
+                      of a decoder LL(y) - LL(x), see `likelihoods`; it has no other method
 
 p is the softmax over the whole alphabet; the marginals' differences do not depend on that. Only pseudo-ll is defined
 for insertions and deletions. Meier et al., NeurIPS 2021, define the marginals; additivity over sites is theirs, too.
@@ -25,9 +26,11 @@ from typing import Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
+from .decoder import Decoder
 from .encoder import Encoder
 from .errors import InputError
 from .fasta import clean_sequence
+from .likelihoods import LikelihoodRunner, check_decoder_method
 from .packing import refuse_one_string
 from .queries import Logits, Query, QueryRunner, token_ids
 from .retry import DoesNotFit
@@ -221,7 +224,7 @@ def aggregate_scores(scores_MN: npt.NDArray[np.floating], aggregate: str = "mean
 
 
 def score_variants(
-    model: Encoder | Sequence[Encoder],
+    model: Encoder | Decoder | Sequence[Encoder | Decoder],
     wt: str,
     variants: Sequence[str | Variant],
     *,
@@ -237,11 +240,11 @@ def score_variants(
     Touched sites and distinct mutants run once each, however often they are named.
 
     Args:
-        model: has a language-model head; or several, whose scores are aggregated.
+        model: an encoder with a language-model head, or a decoder; or several, whose scores are aggregated.
         wt: the wild type's residues.
         variants: N of them: `A24G`, several substitutions joined with colons, `WT`; or `Variant`s of this wild type, as
             `variant_of_sequence` makes them of mutated sequences.
-        method: see this module; masked-marginal by default.
+        method: see this module; masked-marginal by default, which no decoder has.
         compat: "fair-esm" with pseudo-ll reproduces that package's `pseudo-ppl`: off by one, without the last two
             residues, and without subtracting the wild type's.
         offset: subtracted from each number in the variants' names.
@@ -254,8 +257,8 @@ def score_variants(
 
     Raises:
         TypeError: `variants` is a plain string.
-        InputError: the wild type or a variant is not valid, the method is not defined for it, or a model has no
-            language-model head.
+        InputError: the wild type or a variant is not valid, the method is not defined for it or for a model, an
+            encoder has no language-model head, or a protein has more tokens than a decoder places.
         ValueError: method, compat or aggregate is unknown.
     """
     refuse_one_string(variants)  # type: ignore[arg-type]
@@ -264,26 +267,38 @@ def score_variants(
     parsed = [each if isinstance(each, Variant) else parse_variant(each, wild_type, offset=offset) for each in variants]
     for variant in parsed:
         check_variant(variant, method)
-    encoders = [model] if isinstance(model, Encoder) else list(model)
-    if not encoders:
+    models = [model] if isinstance(model, Encoder | Decoder) else list(model)
+    if not models:
         message = "no model is given"
         raise InputError(message)
-    runners = [QueryRunner(encoder, max_tokens=max_tokens, after_batch=after_batch) for encoder in encoders]
+    runners = list[QueryRunner | LikelihoodRunner]()
+    for each in models:
+        if isinstance(each, Decoder):
+            check_decoder_method(each.name, method, compat)
+            runners.append(LikelihoodRunner(each, max_tokens=max_tokens, after_batch=after_batch))
+        else:
+            runners.append(QueryRunner(each, max_tokens=max_tokens, after_batch=after_batch))
     scores = [_score(runner, wild_type, parsed, method, compat) for runner in runners]
     return aggregate_scores(np.stack(scores), aggregate)
 
 
 def _score(
-    runner: QueryRunner, wild_type: str, variants: Sequence[Variant], method: str, compat: str | None
+    runner: QueryRunner | LikelihoodRunner,
+    wild_type: str,
+    variants: Sequence[Variant],
+    method: str,
+    compat: str | None,
 ) -> npt.NDArray[np.float32]:
-    if method in SITE_METHODS:
+    if method in SITE_METHODS and isinstance(runner, QueryRunner):
         places = sorted({site for variant in variants for site in variant.sites})
         logits_PV = site_logits(runner, wild_type, places, masked=method == "masked-marginal")
         return marginals(variants, wild_type, places, logits_PV)
     distinct = {variant.sequence: variant for variant in variants}
     if method == "pseudo-ll" and compat is None:
         distinct.setdefault(wild_type, wild_type_variant(wild_type))
-    if method == "pseudo-ll":
+    if isinstance(runner, LikelihoodRunner):
+        values = runner.run(list(distinct))
+    elif method == "pseudo-ll":
         values = pseudo_log_likelihoods(runner, list(distinct), compat=compat)
     else:
         values = mutant_marginals(runner, list(distinct.values()), wild_type)

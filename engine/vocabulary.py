@@ -7,6 +7,7 @@ break inside. A decoder over the amino-acid alphabet reads `<cls>`, one token a 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +26,15 @@ LINE_RESIDUES = 60
 Ids = npt.NDArray[np.int64]
 
 
+def _hash(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def most_tokens(residues: int) -> int:
+    """Most tokens that any vocabulary spells a whole protein with: a letter or a line break each, start and end."""
+    return residues + -(-residues // LINE_RESIDUES) + 3
+
+
 class Vocabulary(Protocol):
     """Tokens of a decoder.
 
@@ -34,7 +44,9 @@ class Vocabulary(Protocol):
         end: id that every whole sequence ends with.
         tokens: V spellings by id, no two alike: whether two models share a vocabulary is read from them.
         residues_V: int64 (V,), residues that each token stands for; 0 for line breaks and special tokens.
+        letters_V: int64 (V,), letters that each token stands for in `decode`, those that are no residues counted.
         plain_V: bool (V,), tokens that are made of residues and line breaks alone.
+        fingerprint: hash of all that decides how proteins are spelt; the tokens alone do not.
     """
 
     size: int
@@ -48,7 +60,13 @@ class Vocabulary(Protocol):
     def residues_V(self) -> Ids: ...
 
     @property
+    def letters_V(self) -> Ids: ...
+
+    @property
     def plain_V(self) -> npt.NDArray[np.bool_]: ...
+
+    @property
+    def fingerprint(self) -> str: ...
 
     def encode(self, sequence: str, *, whole: bool = True) -> Ids:
         """Ids of a protein with its start, and with its end where it is whole."""
@@ -70,10 +88,15 @@ class ResidueVocabulary:
     start = BOS_ID
     end = EOS_ID
     tokens = TOKENS
+    fingerprint = _hash(" ".join(TOKENS))
 
     @cached_property
     def residues_V(self) -> Ids:
         return np.array([token in RESIDUES for token in TOKENS], dtype=np.int64)
+
+    @cached_property
+    def letters_V(self) -> Ids:
+        return np.array([len(self.decode(np.array([token]))) for token in range(self.size)], dtype=np.int64)
 
     @property
     def plain_V(self) -> npt.NDArray[np.bool_]:
@@ -121,18 +144,27 @@ class BytePairVocabulary:
 
     @cached_property
     def _texts(self) -> list[str]:
-        return [
-            "" if token in (self.start, self.end) else self._tokenizer.decode([token], skip_special_tokens=False)
-            for token in range(self.size)
-        ]
+        texts: list[str] = self._tokenizer.decode_batch(
+            [[token] for token in range(self.size)], skip_special_tokens=False
+        )
+        texts[self.start] = texts[self.end] = ""
+        return texts
 
     @cached_property
     def residues_V(self) -> Ids:
         return np.array([sum(letter in RESIDUES for letter in text) for text in self._texts], dtype=np.int64)
 
     @cached_property
+    def letters_V(self) -> Ids:
+        return np.array([len("".join(text.split())) for text in self._texts], dtype=np.int64)
+
+    @cached_property
     def plain_V(self) -> npt.NDArray[np.bool_]:
         return np.array([bool(text) and not text.strip("\n" + RESIDUES) for text in self._texts])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return _hash(self._tokenizer.to_str())
 
     def encode(self, sequence: str, *, whole: bool = True) -> Ids:
         lines = [sequence[begin : begin + LINE_RESIDUES] for begin in range(0, len(sequence), LINE_RESIDUES)]

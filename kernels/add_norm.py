@@ -25,6 +25,7 @@ import torch.nn.functional as F
 
 from .cpu_kernels import array, cpu_level, empty_target, module, product_arrays, rows_of, target_arrays, why_not_cpu
 from .hardware import why_not_triton
+from .operator import Operator
 from .product import Levels, Product, check_product, wants_gradients
 from .quantise_rows import quantise_rows_reference
 
@@ -53,8 +54,7 @@ def add_norm_reference(
 
 
 # The caller makes the target: torch.compile takes no operator that writes into its arguments and returns a list.
-@torch.library.custom_op("protnest::add_norm", mutates_args={"x_TD", "target"})
-def _add_norm(
+def _add_norm_in_cpp(
     x_TD: torch.Tensor,
     target: Sequence[torch.Tensor],
     product: Sequence[torch.Tensor],
@@ -74,6 +74,9 @@ def _add_norm(
         level,
         torch.get_num_threads(),
     )
+
+
+_add_norm = Operator("protnest::add_norm", _add_norm_in_cpp, mutates=("x_TD", "target"))
 
 
 @_add_norm.register_fake

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 
 from .cpu_kernels import array, cpu_level, empty_target, module, product_arrays, rows_of, target_arrays, why_not_cpu
 from .hardware import why_not_triton
+from .operator import Operator
 from .product import Levels, Product, check_product, wants_gradients
 from .quantise_rows import quantise_rows_reference
 
@@ -44,8 +45,7 @@ def bias_gelu_reference(product: Product, move: Move | None, dtype: torch.dtype)
     return quantise_rows_reference(out_NF) if dtype == torch.int8 else out_NF.to(dtype)
 
 
-@torch.library.custom_op("protnest::bias_gelu", mutates_args=())
-def _bias_gelu(
+def _bias_gelu_in_cpp(
     product: Sequence[torch.Tensor], move: Sequence[torch.Tensor], dtype: torch.dtype, level: str
 ) -> list[torch.Tensor]:
     N, columns = product[0].shape
@@ -54,6 +54,9 @@ def _bias_gelu(
     arrays = product_arrays(Product.of(list(product)))
     module().bias_gelu(N, columns, arrays, *moved, target_arrays(target), level, torch.get_num_threads())
     return target
+
+
+_bias_gelu = Operator("protnest::bias_gelu", _bias_gelu_in_cpp)
 
 
 @_bias_gelu.register_fake
@@ -65,12 +68,14 @@ def _(
     return [product[0].new_empty(product[0].shape, dtype=dtype), *scales]
 
 
-@torch.library.custom_op("protnest::bias_gelu_over", mutates_args={"values_NF"})
-def _bias_gelu_over(values_NF: torch.Tensor, rest: Sequence[torch.Tensor], level: str) -> None:
+def _bias_gelu_over_in_cpp(values_NF: torch.Tensor, rest: Sequence[torch.Tensor], level: str) -> None:
     """fp32 results over the values themselves: the largest table of a layer is not written to fresh memory."""
     arrays = product_arrays(Product.of([values_NF, *rest]))
     target = target_arrays([values_NF])
     module().bias_gelu(*values_NF.shape, arrays, None, None, target, level, torch.get_num_threads())
+
+
+_bias_gelu_over = Operator("protnest::bias_gelu_over", _bias_gelu_over_in_cpp, mutates=("values_NF",))
 
 
 @_bias_gelu_over.register_fake

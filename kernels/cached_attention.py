@@ -38,6 +38,7 @@ import torch
 import torch.nn.functional as F
 
 from .cpu_kernels import array, cpu_level, module, product_arrays, why_not_cpu
+from .operator import Operator
 from .product import Product, check_product, wants_gradients
 
 IMPLS = ("auto", "reference", "torch", "cpu")
@@ -149,9 +150,7 @@ def _attend_in_cpp(
     return out_BD
 
 
-_cached_attention = torch.library.custom_op(
-    "protnest::cached_attention", _attend_in_cpp, mutates_args=("keys_SHPK", "values_SHPK")
-)
+_cached_attention = Operator("protnest::cached_attention", _attend_in_cpp, mutates=("keys_SHPK", "values_SHPK"))
 
 
 @_cached_attention.register_fake
@@ -267,10 +266,7 @@ def cached_attention(
         raise ValueError(message)
     chosen = _choose(qkv, cache, impl)
     if chosen == "cpu":  # which checks slots and lengths itself
-        # Through the dispatcher the call of a short sequence takes twice as long: only who traces needs it.
-        is_traced = torch.compiler.is_compiling() or type(cache.keys_SHPK) is not torch.Tensor
-        attend_it = _cached_attention if is_traced else _attend_in_cpp
-        out_BD: torch.Tensor = attend_it(qkv.tensors(), *cache, slots_B, lengths_B, cpu_level())
+        out_BD: torch.Tensor = _cached_attention(qkv.tensors(), *cache, slots_B, lengths_B, cpu_level())
         return out_BD
     if slots_B.device.type == "cpu":
         check_slots(slots_B.tolist(), lengths_B.tolist(), cache)

@@ -20,6 +20,7 @@ import torch
 
 from .cpu_kernels import cpu_level, empty_target, module, rows_of, target_arrays, why_not_cpu
 from .extension import select
+from .operator import Operator
 from .product import Levels, Product
 
 _STEPS = 255.0
@@ -45,11 +46,13 @@ def quantise_rows_reference(x_NI: torch.Tensor) -> Levels:
     return Levels(values_NI, scale_N.masked_fill(~finite_N, torch.nan), shift_N.masked_fill(~finite_N, torch.nan))
 
 
-@torch.library.custom_op("protnest::quantise_rows", mutates_args=())
-def _quantise_rows(x_NI: torch.Tensor, level: str) -> list[torch.Tensor]:
+def _quantise_rows_in_cpp(x_NI: torch.Tensor, level: str) -> list[torch.Tensor]:
     target = empty_target(x_NI.shape[0], x_NI.shape[1], torch.int8)
     module().quantise_rows(x_NI.contiguous().numpy(), target_arrays(target), level, torch.get_num_threads())
     return target
+
+
+_quantise_rows = Operator("protnest::quantise_rows", _quantise_rows_in_cpp)
 
 
 @_quantise_rows.register_fake

@@ -30,6 +30,7 @@ import torch
 
 from .cpu_kernels import array, cpu_level, module, product_arrays, why_not_cpu
 from .hardware import why_not_triton
+from .operator import Operator
 from .product import Product, check_product
 from .rotary import apply_rotary
 from .varlen_attention import varlen_attention, varlen_attention_reference, why_not_varlen
@@ -69,8 +70,7 @@ def _turned(
     return turned_THK[:, :heads], turned_THK[:, heads:], qkv_THK[:, 2 * heads :]
 
 
-@torch.library.custom_op("protnest::rotary_attention", mutates_args=())
-def _rotary_attention(
+def _rotary_attention_in_cpp(
     qkv: Sequence[torch.Tensor],
     cos_PJ: torch.Tensor,
     sin_PJ: torch.Tensor,
@@ -100,6 +100,9 @@ def _rotary_attention(
         array(out_TD),
     )
     return out_TD
+
+
+_rotary_attention = Operator("protnest::rotary_attention", _rotary_attention_in_cpp)
 
 
 @_rotary_attention.register_fake

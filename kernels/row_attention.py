@@ -29,6 +29,7 @@ import torch.nn.functional as F
 
 from .cpu_kernels import array, cpu_level, module, product_arrays
 from .linear import needs_widening
+from .operator import Operator
 from .product import Product
 from .rotary import apply_rotary
 from .rotary_attention import (
@@ -82,8 +83,7 @@ def _attend(
     return torch.cat(out)
 
 
-@torch.library.custom_op("protnest::row_attention", mutates_args=())
-def _row_attention(
+def _row_attention_in_cpp(
     qkv: Sequence[torch.Tensor],
     cos_PJ: torch.Tensor,
     sin_PJ: torch.Tensor,
@@ -110,6 +110,9 @@ def _row_attention(
         np.cumsum([0, *counts_B], dtype=np.int64),
     )
     return out_RD
+
+
+_row_attention = Operator("protnest::row_attention", _row_attention_in_cpp)
 
 
 @_row_attention.register_fake

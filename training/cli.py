@@ -28,6 +28,9 @@ def pretrain(
     seed: Annotated[int, typer.Option(help="Of weights, order, crops and masks.", min=0)] = 0,
     precision: Annotated[Literal["auto", "fp32", "bf16"], typer.Option(help="Of the matrix products.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Throw away a run of other settings in --out: its own files alone.")
+    ] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print the report as JSON on standard output.")] = False,
 ) -> None:
     """Train a small ESM-2 encoder from sequences alone, as a masked language model."""
@@ -68,6 +71,7 @@ def pretrain(
             out,
             config,
             device=device,
+            overwrite=overwrite,
             after_step=lambda step, loss: bar.update(task, completed=step, loss=loss),
         )
     if json_output:

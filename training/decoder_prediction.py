@@ -6,14 +6,16 @@ Shapes: N predicted tokens of a round, V vocabulary, D width.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
 
 import numpy as np
 import torch
 
-from ..engine.decoder import Decoder, pack_ids
-from ..engine.embedder import default_max_tokens
-from ..kernels import plan_batches
+from ..engine.decoder import Decoder
+from ..engine.decoder_batches import DecoderBatches
+from ..engine.errors import InputError
+from ..engine.packing import PackedBatch
+from ..engine.retry import DoesNotFit
+from ..engine.vocabulary import most_tokens
 from .prediction import CHUNK_NUMBERS, Integers, Predictions
 
 # Tokens whose hidden states are held at once: 168 MB at ProtGPT2's width. A round is whole sequences.
@@ -28,7 +30,7 @@ class DecoderPredictor:
     Args:
         decoder: any precision, any device.
         max_tokens: most tokens in a batch; by default as many as `Embedder` takes. A longer sequence has a batch of its
-            own.
+            own. A batch that does not fit into a GPU's memory is cut in two.
         after_batch: called with the number of residues that have just been run.
 
     Raises:
@@ -45,11 +47,7 @@ class DecoderPredictor:
         after_batch: Callable[[int], None] = lambda residues: None,
     ) -> None:
         self._decoder = decoder
-        self._max_tokens = default_max_tokens(decoder.device) if max_tokens is None else max_tokens
-        if self._max_tokens < 1:
-            message = f"max_tokens must be positive, got {max_tokens}"
-            raise ValueError(message)
-        self._after_batch = after_batch
+        self._batches = DecoderBatches(decoder, max_tokens=max_tokens, after_batch=after_batch)
         self.name = decoder.name
         self.vocabulary = decoder.vocabulary.tokens
         self.context = decoder.config.places
@@ -78,20 +76,34 @@ class DecoderPredictor:
                 )
             first, round_, tokens = number, [], 0
 
+    def residues_run(self, sequences: Sequence[str], *, context: int | None = None) -> int:
+        """As `Predictor.residues_run`: tokens are cut off, and residues counted."""
+        most = self.context if context is None else min(context, self.context)
+        return sum(self._residues(each, most) for each in sequences)
+
+    def _residues(self, sequence: str, most: int) -> int:
+        if most_tokens(len(sequence)) <= most:
+            return len(sequence)
+        vocabulary = self._decoder.vocabulary
+        return int(vocabulary.residues_V[vocabulary.encode(sequence)[:most]].sum())
+
     @torch.inference_mode()
     def _hidden(self, round_: list[Integers]) -> torch.Tensor:
         """Hidden states of every token but the sequences' last ones, in the sequences' order: (N, D) on the device."""
         decoder = self._decoder
         begins = np.cumsum([0, *(len(ids) - 1 for ids in round_)])
         hidden_ND = torch.empty((int(begins[-1]), decoder.dim), dtype=torch.float32, device=decoder.device)
-        order, offsets = plan_batches([len(ids) for ids in round_], self._max_tokens)
-        for begin, end in pairwise(offsets.tolist()):
-            numbers = order[begin:end].tolist()
-            chosen = [round_[number] for number in numbers]
-            parts = decoder(pack_ids(chosen)).split([len(ids) for ids in chosen])
+
+        def take(numbers: list[int], batch: PackedBatch) -> None:
+            parts = decoder(batch).split(list(batch.lengths_B))
             for number, part_LD in zip(numbers, parts, strict=True):
                 hidden_ND[begins[number] : begins[number + 1]] = part_LD[:-1]
-            self._after_batch(sum(int(decoder.vocabulary.residues_V[ids].sum()) for ids in chosen))
+
+        try:
+            self._batches.run(round_, take)
+        except DoesNotFit as error:
+            # Numbered among this round's sequences, which nobody else knows.
+            raise InputError(error.reason) from error
         return hidden_ND
 
     @torch.inference_mode()

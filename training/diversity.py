@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from ..engine.bootstrap import repeats
 from .estimate import Estimate, estimate
+from .follower import NOBODY, Follower
 from .identity import mutual_identity
 
 PAIRS = 2000
@@ -37,16 +38,31 @@ class Diversity:
     duplicates: int
 
 
-def diversity(generated: Sequence[str], *, pairs: int = PAIRS, samples: int = 1000, seed: int = 0) -> Diversity:
+def diversity(
+    generated: Sequence[str],
+    *,
+    pairs: int = PAIRS,
+    samples: int = 1000,
+    seed: int = 0,
+    follower: Follower = NOBODY,
+) -> Diversity:
     """Aligns pairs of designs with each other, all of them or so many drawn at random.
+
+    Args:
+        generated: designs.
+        pairs: most that are aligned.
+        samples, seed: of the bootstrap over designs, and of the draw.
+        follower: is told how far the alignments are: of each pair, the first one's residues.
 
     Raises:
         InputError: parasail is not installed.
     """
     one_P, other_P = draw_pairs(len(generated), pairs, seed=seed)
-    distance_P = np.array(
-        [1 - mutual_identity(generated[i], generated[j]) for i, j in zip(one_P, other_P, strict=True)], dtype=np.float64
-    )
+    follower.stage(f"{len(one_P):,} pairs of designs", sum(len(generated[place]) for place in one_P))
+    distance_P = np.empty(len(one_P), dtype=np.float64)
+    for row, (i, j) in enumerate(zip(one_P, other_P, strict=True)):
+        distance_P[row] = 1 - mutual_identity(generated[i], generated[j])
+        follower.advance(len(generated[i]))
     value = float(distance_P.mean()) if len(distance_P) else float("nan")
     drawn = [_weighted(distance_P, times_G[one_P] * times_G[other_P]) for times_G in _draws(generated, samples, seed)]
     distinct = len(set(generated))

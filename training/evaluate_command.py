@@ -89,22 +89,30 @@ def evaluate(
 
         check_plot(plot)
     console, started = Console(stderr=True, soft_wrap=True), time.perf_counter()
+    from ..engine.progress import ResidueProgress
     from .evaluation import as_report
     from .evaluation_plot import Page, draw_evaluation
     from .held_out import HeldOutChoice, read_held_out
 
     # All that can be wrong with what is given is found before a model runs.
-    designs, questions = None, None
-    if generated is not None and reference is not None:
-        designs, questions = _read_designs(
-            generated, reference, train, by_hash=by_hash, hmm=hmm, alignment=alignment, evalue=evalue, invalid=invalid
-        )
-    judged_by = scored = prediction = judged_designs = None
-    if held_out is not None:
-        choice = HeldOutChoice(train=train, by_hash=by_hash, sequences=sequences, seed=seed, invalid=invalid)
-        judged_by = read_held_out(held_out, choice)
-        if train is None:
-            console.print("not held against training's sequences: give --train to leave them out", highlight=False)
+    designs = questions = judged_by = scored = prediction = judged_designs = None
+    with ResidueProgress(console, checking="reading the sequences"):
+        if generated is not None and reference is not None:
+            designs, questions = _read_designs(
+                generated,
+                reference,
+                train,
+                by_hash=by_hash,
+                hmm=hmm,
+                alignment=alignment,
+                evalue=evalue,
+                invalid=invalid,
+            )
+        if held_out is not None:
+            choice = HeldOutChoice(train=train, by_hash=by_hash, sequences=sequences, seed=seed, invalid=invalid)
+            judged_by = read_held_out(held_out, choice)
+    if judged_by is not None and train is None:
+        console.print("not held against training's sequences: give --train to leave them out", highlight=False)
 
     def load(name: str, after_batch: Callable[[int], None]) -> Predictor:
         return _load(name, after_batch, seed=seed, precision=precision, device=device, max_tokens=max_tokens)
@@ -231,8 +239,9 @@ def _run_models(
     with ResidueProgress(console, checking="loading", doing=("judging by", "sequences")) as progress:
         ours = load(name, progress.advance)
         theirs = None if teacher is None else load(teacher, progress.advance)
-        context = ours.context if theirs is None else min(ours.context, theirs.context)
-        work = sum(min(len(each), context) for each in judged_by.sequences) * (1 if theirs is None else 2)
+        models = [ours] if theirs is None else [ours, theirs]
+        context = min(each.context for each in models)
+        work = sum(each.residues_run(judged_by.sequences, context=context) for each in models)
         progress.start(len(judged_by.sequences), work, 0)
         return judge_predictions(ours, judged_by, teacher=theirs, seed=seed)
 
@@ -257,9 +266,8 @@ def _run_designs(
     if esmfold is not None:
         model = load_esmfold(esmfold, device=str(resolve_device(device)))
         questions = replace(questions, esmfold=model, folded=fold)
-    with ResidueProgress(console, checking="reading", doing=("judging", "designs")) as progress:
-        progress.start(len(designs.sequences), sum(map(len, designs.sequences)), 0)
-        return judge_designs(designs, questions, seed=seed, after_design=progress.advance)
+    with ResidueProgress(console, checking="judging the designs") as progress:
+        return judge_designs(designs, questions, seed=seed, follower=progress)
 
 
 def _print_figures(

@@ -6,7 +6,6 @@ of amino acids' frequencies, a calibration error the accuracy, hits those of the
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,6 +15,7 @@ from .composition import Composition, composition, letter_counts
 from .diversity import Diversity, diversity
 from .estimate import Estimate, ratio
 from .folding import FOLDED, Folding, folding
+from .follower import NOBODY, Follower
 from .held_out import HeldOut, Read
 from .hmm_hits import EVALUE, HmmHits, hmm_hits
 from .identity import check_aligner
@@ -175,7 +175,7 @@ def judge_designs(
     *,
     samples: int = 1000,
     seed: int = 0,
-    after_design: Callable[[int], None] = lambda residues: None,
+    follower: Follower = NOBODY,
 ) -> DesignJudgement:
     """Judges designed sequences beside natural ones.
 
@@ -183,7 +183,7 @@ def judge_designs(
         designs: of `read_sequences`; repeats count as often as they come.
         questions: what they are held against.
         samples, seed: of the bootstrap over designs.
-        after_design: called with the residues of each design whose neighbour is found.
+        follower: is told which part runs, and how far it is.
 
     Raises:
         InputError: parasail is not installed, or the reference or the sequences for training are empty.
@@ -195,11 +195,19 @@ def judge_designs(
     ours = designs.sequences
     hits = near = folded = None
     if questions.profile is not None:
-        hits = hmm_hits(questions.profile, ours, reference=questions.reference, evalue=questions.evalue, seed=seed)
+        hits = hmm_hits(
+            questions.profile,
+            ours,
+            reference=questions.reference,
+            evalue=questions.evalue,
+            seed=seed,
+            follower=follower,
+        )
     if questions.train is not None:
-        near = novelty(ours, questions.train, samples=samples, seed=seed, after_design=after_design)
+        near = novelty(ours, questions.train, samples=samples, seed=seed, follower=follower)
     if questions.esmfold is not None:
-        folded = folding(questions.esmfold, ours, most=questions.folded, samples=samples, seed=seed)
+        folded = folding(questions.esmfold, ours, most=questions.folded, samples=samples, seed=seed, follower=follower)
+    among = diversity(ours, samples=samples, seed=seed, follower=follower)
     return DesignJudgement(
         found=designs.found,
         rejected=designs.rejected,
@@ -208,7 +216,7 @@ def judge_designs(
         reference=len(questions.reference),
         composition=composition(ours, questions.reference, samples=samples, seed=seed),
         lengths=length_distance(ours, questions.reference, samples=samples, seed=seed),
-        diversity=diversity(ours, samples=samples, seed=seed),
+        diversity=among,
         hmm=hits,
         novelty=near,
         folding=folded,

@@ -6,7 +6,7 @@ pLDDT is the model's own guess of how well its structure is right, from 0 to 100
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 
 from ..engine.errors import InputError
 from .estimate import Estimate, mean, share
+from .follower import NOBODY, Follower
 
 FOLDED = 50
 CONFIDENT = 70.0
@@ -76,7 +77,7 @@ def folding(
     most: int = FOLDED,
     samples: int = 1000,
     seed: int = 0,
-    after_design: Callable[[int], None] = lambda residues: None,
+    follower: Follower = NOBODY,
 ) -> Folding:
     """Folds designs one by one, at most so many, drawn at random.
 
@@ -85,14 +86,15 @@ def folding(
         generated: designs.
         most: how many are folded.
         samples, seed: of the bootstrap, and of the draw.
-        after_design: called with the residues of each design that is done.
+        follower: is told how far it is.
     """
     chosen = np.sort(np.random.default_rng((seed, 4)).permutation(len(generated))[:most]).tolist()
+    follower.stage(f"folding {len(chosen):,} designs", sum(len(generated[place]) for place in chosen))
     found = []
     for place in chosen:
         plddt_L = model.infer([generated[place]])["plddt"][0, :, _ALPHA_CARBON].float()
         found.append(100 * float(plddt_L.mean()))
-        after_design(len(generated[place]))
+        follower.advance(len(generated[place]))
     values = np.array(found)
     return Folding(
         plddt=mean(values, samples=samples, seed=seed),

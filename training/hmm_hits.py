@@ -18,6 +18,7 @@ from xopen import xopen
 from ..engine.alphabet import AMINO_ACIDS
 from ..engine.errors import InputError
 from .estimate import Estimate, share
+from .follower import NOBODY, Follower
 
 SEARCHED = 10_000
 EVALUE = 1e-5
@@ -26,6 +27,8 @@ ALIGNMENTS = {".a2m": "a2m", ".afa": "afa", ".fasta": "afa", ".fa": "afa", ".sto
 
 _KNOWN = frozenset(AMINO_ACIDS + "BZUOX")
 _BUILD_SEED = 42
+# Residues that are searched between two words to whoever follows: a second or so of one core.
+_BLOCK_RESIDUES = 100_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +145,7 @@ def hmm_hits(
     reference: Sequence[str] | None = None,
     evalue: float = EVALUE,
     seed: int = 0,
+    follower: Follower = NOBODY,
 ) -> HmmHits:
     """Searches designs, a reference and shuffled designs with a profile.
 
@@ -151,7 +155,9 @@ def hmm_hits(
         reference: natural members of the family, perhaps.
         evalue: a hit is below it.
         seed: of the shuffling.
+        follower: is told how far the search is.
     """
+    follower.stage(f"searching {len(generated):,} designs", sum(map(len, (*generated, *generated, *(reference or ())))))
     rng = np.random.default_rng(seed)
     shuffled = ["".join(rng.permutation(list(each)).tolist()) for each in generated]
     name = profile.name
@@ -159,31 +165,36 @@ def hmm_hits(
         profile=name.decode() if isinstance(name, bytes) else str(name),
         columns=int(profile.M),
         evalue=evalue,
-        hits=_share(profile, generated, evalue),
-        reference=None if reference is None else _share(profile, reference, evalue),
-        shuffled=_share(profile, shuffled, evalue),
+        hits=_share(profile, generated, evalue, follower),
+        reference=None if reference is None else _share(profile, reference, evalue, follower),
+        shuffled=_share(profile, shuffled, evalue, follower),
     )
 
 
-def _share(profile: Any, sequences: Sequence[str], evalue: float) -> Estimate:
-    return share(len(hit_rows(profile, sequences, evalue=evalue)), len(sequences))
+def _share(profile: Any, sequences: Sequence[str], evalue: float, follower: Follower) -> Estimate:
+    return share(len(hit_rows(profile, sequences, evalue=evalue, follower=follower)), len(sequences))
 
 
-def hit_rows(profile: Any, sequences: Sequence[str], *, evalue: float = EVALUE) -> set[int]:
-    """Which sequences a profile recognises, by their places."""
+def hit_rows(
+    profile: Any, sequences: Sequence[str], *, evalue: float = EVALUE, follower: Follower = NOBODY
+) -> set[int]:
+    """Which sequences a profile recognises, by their places; searched in blocks, on which no verdict depends."""
     from pyhmmer.easel import DigitalSequenceBlock, TextSequence
     from pyhmmer.plan7 import Pipeline
 
     alphabet = profile.alphabet
-    block = DigitalSequenceBlock(
-        alphabet,
-        [
-            TextSequence(name=str(row).encode(), sequence=_searchable(each)).digitize(alphabet)
-            for row, each in enumerate(sequences)
-        ],
-    )
-    found = Pipeline(alphabet, Z=SEARCHED, E=evalue).search_hmm(profile, block)
-    return {int(hit.name) for hit in found if hit.evalue < evalue}
+    hits, block, residues = set[int](), list[Any](), 0
+    for row, sequence in enumerate(sequences):
+        block.append(TextSequence(name=str(row).encode(), sequence=_searchable(sequence)).digitize(alphabet))
+        residues += len(sequence)
+        if residues < _BLOCK_RESIDUES and row < len(sequences) - 1:
+            continue
+        pipeline = Pipeline(alphabet, Z=SEARCHED, E=evalue)
+        found = pipeline.search_hmm(profile, DigitalSequenceBlock(alphabet, block))
+        hits |= {int(hit.name) for hit in found if hit.evalue < evalue}
+        follower.advance(residues)
+        block, residues = [], 0
+    return hits
 
 
 def _searchable(sequence: str) -> str:

@@ -9,7 +9,7 @@ Shapes: G designs, M training sequences of a chunk, C candidates of a design.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from .composition import LETTERS
 from .estimate import Estimate, mean, share
+from .follower import NOBODY, Follower
 from .identity import check_aligner, identity_to
 
 Integers = npt.NDArray[np.int64]
@@ -63,7 +64,7 @@ def novelty(
     samples: int = 1000,
     seed: int = 0,
     all_pairs_cells: int = ALL_PAIRS_CELLS,
-    after_design: Callable[[int], None] = lambda residues: None,
+    follower: Follower = NOBODY,
 ) -> Novelty:
     """Finds each design's nearest neighbour among the sequences for training.
 
@@ -72,20 +73,22 @@ def novelty(
         train: what the model was trained on.
         samples, seed: of the bootstrap over designs.
         all_pairs_cells: see `ALL_PAIRS_CELLS`.
-        after_design: called with the residues of each design that is done.
+        follower: is told how far the search is.
 
     Raises:
         InputError: parasail is not installed.
     """
     check_aligner()
     known = set(train)
-    every = sum(map(len, generated)) * sum(map(len, train)) <= all_pairs_cells
-    candidates = [range(len(train))] * len(generated) if every else shared_words(generated, train)
+    ours, theirs = sum(map(len, generated)), sum(map(len, train))
+    every = ours * theirs <= all_pairs_cells
+    follower.stage(f"neighbours of {len(generated):,} designs", ours if every else ours + theirs)
+    candidates = [range(len(train))] * len(generated) if every else shared_words(generated, train, follower=follower)
     nearest = []
     for design, places in zip(generated, candidates, strict=True):
         copied = design in known
         nearest.append(1.0 if copied else max((identity_to(design, train[place]) for place in places), default=0.0))
-        after_design(len(design))
+        follower.advance(len(design))
     return Novelty(
         identity=mean(np.array(nearest), samples=samples, seed=seed),
         novel=share(sum(each < NOVEL_BELOW for each in nearest), len(nearest)),
@@ -107,7 +110,9 @@ def words(sequence: str) -> Integers:
     return np.unique(numbers)
 
 
-def shared_words(generated: Sequence[str], train: Sequence[str], *, most: int = CANDIDATES) -> list[list[int]]:
+def shared_words(
+    generated: Sequence[str], train: Sequence[str], *, most: int = CANDIDATES, follower: Follower = NOBODY
+) -> list[list[int]]:
     """Of each design, the places in `train` of those that share most distinct 5-mers with it; of equals, the first.
 
     The designs' words are held; the sequences for training pass by, 2,000 at a time.
@@ -135,4 +140,5 @@ def shared_words(generated: Sequence[str], train: Sequence[str], *, most: int = 
             best[design].append((-count, begin + place))
         for design, found in enumerate(best):
             best[design] = sorted(found)[:most]
+        follower.advance(sum(map(len, train[begin : begin + _CHUNK])))
     return [[place for _, place in found] for found in best]

@@ -19,7 +19,9 @@ import torch
 
 from ..engine.alphabet import AMINO_ACIDS, MASK_ID, TOKEN_IDS, TOKENS
 from ..engine.encoder import Encoder
+from ..engine.errors import InputError
 from ..engine.queries import Query, QueryRunner, token_ids
+from ..engine.retry import DoesNotFit
 from .corpus import Tokens, crop
 from .masking import ASKED
 
@@ -85,6 +87,10 @@ class Predictor(Protocol):
         """
         ...
 
+    def residues_run(self, sequences: Sequence[str], *, context: int | None = None) -> int:
+        """Residues that `predictions` runs for the same arguments: what a progress bar ends at."""
+        ...
+
 
 class EncoderPredictor:
     """A masked language model: 15 % of each sequence's standard residues are shown as `<mask>` and asked for.
@@ -132,6 +138,16 @@ class EncoderPredictor:
             if queries:
                 yield self._chunk(queries, np.concatenate(labels), np.concatenate(numbers))
 
+    def residues_run(self, sequences: Sequence[str], *, context: int | None = None) -> int:
+        """As `Predictor.residues_run`; sequences without a residue to hide are not run."""
+        most = self.context if context is None else min(context, self.context)
+        return sum(min(len(each), most) for each in sequences if self._is_run(each, most))
+
+    def _is_run(self, sequence: str, most: int) -> bool:
+        if len(sequence) <= most:
+            return not set(sequence).isdisjoint(AMINO_ACIDS)
+        return mask_by_hash(sequence, context=most, seed=self._seed)[1].size > 0
+
     def _chunk(self, queries: list[Query], label_N: Integers, sequence_N: Integers) -> Predictions:
         ends = np.cumsum([len(query.places) for query in queries]).tolist()
         logits_NV = np.empty((ends[-1], len(TOKENS)), dtype=np.float32)
@@ -139,7 +155,11 @@ class EncoderPredictor:
         def keep(number: int, logits_RV: npt.NDArray[np.float32]) -> None:
             logits_NV[ends[number] - len(logits_RV) : ends[number]] = logits_RV
 
-        self._runner.run(queries, keep)
+        try:
+            self._runner.run(queries, keep)
+        except DoesNotFit as error:
+            # Numbered among this round's queries, which nobody else knows.
+            raise InputError(error.reason) from error
         return Predictions(
             log_probs_NV=torch.from_numpy(logits_NV).log_softmax(dim=-1),
             label_N=label_N,

@@ -1,4 +1,4 @@
-"""protnest bench: mounted, four suites, rows only where a file is named, one JSON object, exit codes."""
+"""protnest bench: mounted, five suites, rows only where a file is named, one JSON object, exit codes."""
 
 from __future__ import annotations
 
@@ -9,13 +9,24 @@ from typing import Any
 
 import pytest
 import torch
-from protnest.benchmarks import bench_embed, bench_kd, bench_nested, bench_score, cli, embed_suite
+from protnest.benchmarks import (
+    bench_embed,
+    bench_generate,
+    bench_kd,
+    bench_nested,
+    bench_score,
+    cli,
+    embed_suite,
+    generate_comparison,
+)
+from protnest.benchmarks.generate_memory import MemoryUse
 from protnest.benchmarks.kd_problems import LOGITS, Problem
 from protnest.benchmarks.parity import ParityError
 from protnest.engine.cli import app
 from protnest.engine.config import EncoderConfig
 from typer.testing import CliRunner
 
+from support.generating import tiny_generation
 from support.scoring import tiny_problem
 from support.tiny import random_proteins, save_tiny_model, write_fasta
 
@@ -34,6 +45,9 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(bench_nested, "default_models", lambda: models)
     monkeypatch.setattr(bench_score, "find_problem", lambda *given, **options: tiny_problem())
     monkeypatch.setattr(bench_score, "SCANS", tmp_path)
+    monkeypatch.setattr(bench_generate, "Problem", tiny_generation)
+    use = MemoryUse(libraries_bytes=None, load_peak_bytes=None, held_bytes=None, peak_bytes={1: None, 2: None})
+    monkeypatch.setattr(generate_comparison, "measure_memory", lambda task: use)
     # Nested runs on one thread, and would leave the tests after it there.
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     return write_fasta(tmp_path / "a.fasta", random_proteins(9, seed=0))
@@ -57,12 +71,13 @@ def _options(suite: str, fasta: Path) -> list[str]:
         "nested": ["--sequences", "2"],
         "kd": ["--quick"],
         "score": ["--positions", "5", "--precisions", "fp32,bf16"],
+        "generate": ["--shapes", "tiny", "--tokens", "6", "--batch", "2", "--precisions", "fp32"],
     }
     given = ["--suite", suite, "--device", "cpu", "--pairs", "2", *own[suite]]
-    return given if suite in ("kd", "score") else [*given, "--fasta", str(fasta)]
+    return given if suite in ("kd", "score", "generate") else [*given, "--fasta", str(fasta)]
 
 
-@pytest.mark.parametrize("suite", ["embed", "kd", "score"])
+@pytest.mark.parametrize("suite", ["embed", "kd", "score", "generate"])
 def test_a_suite_prints_a_table_and_appends_rows(small: Path, tmp_path: Path, suite: str) -> None:
     out = tmp_path / "rows.jsonl"
     result = _run(*_options(suite, small), "--out", str(out))
@@ -76,7 +91,7 @@ def test_a_suite_prints_a_table_and_appends_rows(small: Path, tmp_path: Path, su
         assert row["peak_device_bytes"] is None
 
 
-@pytest.mark.parametrize("suite", ["embed", "nested", "kd", "score"])
+@pytest.mark.parametrize("suite", ["embed", "nested", "kd", "score", "generate"])
 def test_json_is_one_object_and_no_file_appears(
     small: Path, tmp_path: Path, suite: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,6 +130,8 @@ def test_a_wrong_answer_ends_it_with_exit_code_1(small: Path, monkeypatch: pytes
         (["--precisions", "fp8"], 2, "unknown: fp8"),
         (["--suite", "score", "--precisions", "fp16"], 2, "unknown: fp16"),
         (["--suite", "score", "--positions", "0"], 2, "--positions"),
+        (["--suite", "generate", "--shapes", "8M"], 2, "unknown: 8M"),
+        (["--suite", "generate", "--tokens", "2"], 2, "--tokens"),
         (["--fasta", "missing.fasta"], 1, "missing.fasta"),
         (["--esm-cpp-python", "/no/such/python"], 1, "cannot import esm_cpp"),
     ],

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from protnest.benchmarks import encoder_kernels, gpu, gpu_suite
+from protnest.benchmarks import encoder_kernels, generate_comparison, gpu, gpu_suite
 from protnest.benchmarks.gpu_suite import (
     MIXED_LENGTHS,
+    generate_rows,
     kd_parity_rows,
     kd_rows,
     mixed_batch,
@@ -26,6 +27,8 @@ from protnest.benchmarks.kd_engines import Engine, protnest
 from protnest.benchmarks.kd_problems import Problem
 from protnest.engine.alphabet import MASK_ID
 from protnest.engine.config import EncoderConfig
+
+from support.generating import tiny_generation
 
 CPU = torch.device("cpu")
 SHORT = (1, 2, 7, 33)
@@ -133,6 +136,21 @@ def test_losses_are_timed_on_the_cpu(operation: str, precision: str, monkeypatch
     json.dumps(rows, allow_nan=False)
 
 
+def test_generation_is_timed_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    for name in ("read_gbytes_per_s", "product_gflops"):
+        monkeypatch.setattr(generate_comparison, name, lambda *given, **options: 1.0)
+    rows = generate_rows(tiny_generation(tokens=6), CPU, pairs=2, batch=2, memory=False)
+    engines = ["transformers pipeline", "protnest", "transformers generate", "protnest"]
+    expected = [(name, precision) for name in engines for precision in ("fp32", "bf16")]
+    assert [(row["engine"], row["precision"]) for row in rows] == expected
+    assert all(row["ok"] and row["pairs"] == 2 for row in rows)
+    summary = gpu._summary(rows)
+    assert summary.startswith("tiny: transformers pipeline fp32 x 1 ")
+    assert f"ours {rows[-1]['times_generate_median']:.2f} times faster" in summary
+    json.dumps(rows, allow_nan=False)
+
+
 def test_test_section_counts_outcomes(tmp_path: Path) -> None:
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_device.py").write_text(_TESTS)
@@ -174,6 +192,7 @@ def test_sections_go_on_after_one_failed(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(gpu_suite, "kd_rows", broken)
     monkeypatch.setattr(encoder_kernels, "kernel_rows", broken)
     monkeypatch.setattr(encoder_kernels, "graph_rows", lambda *given: [{"shape": "8M", "ok": True}])
+    monkeypatch.setattr(gpu_suite, "generate_rows", lambda problem, device: [{"shape": problem.shape, "ok": True}])
     monkeypatch.setattr(gpu_suite, "kd_parity_rows", lambda device: [{"shape": "kd_loss V=33", "ok": True}])
     monkeypatch.setattr(gpu_suite, "throughput_rows", lambda *given, **o: [row | {"ours_times_faster_median": None}])
     out = tmp_path / "gpu.json"
@@ -184,6 +203,7 @@ def test_sections_go_on_after_one_failed(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert [row["ok"] for row in document["rows"] if row["section"] == "graphs"] == [True]
     losses = [row["ok"] for row in document["rows"] if row["section"] == "kd"]
     assert losses == [True, *[False] * len(gpu_suite.KD_PROBLEMS)]
+    assert [row["shape"] for row in document["rows"] if row["section"] == "generate"] == ["tiny", "protgpt2"]
     assert document["rows"][-1]["section"] == "throughput"
     assert (document["rows"][-1]["ok"], document["ok"], document["machine"]) == (True, False, {"commit": "abc"})
     assert gpu.main(["--out", str(out), "--shapes", "8M", "--sections", "throughput"]) == 0
@@ -204,7 +224,9 @@ def test_wrong_usage_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "no 9M; allowed are 8M" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         gpu.main(["--out", out, "--sections", "test"])
-    assert "allowed are tests,parity,kernels,kd,graphs,throughput" in capsys.readouterr().err.replace(", ", ",")
+    assert "allowed are tests,parity,kernels,kd,graphs,generate,throughput" in capsys.readouterr().err.replace(
+        ", ", ","
+    )
 
 
 def test_shapes_cover_the_published_head_widths() -> None:

@@ -331,7 +331,7 @@ def test_hostile_tables(job: ScoreJob, tmp_path: Path, monkeypatch: pytest.Monke
     from protnest.engine.models import load_model
 
     encoder = load_model(job.models[0] if job.models else "", device="cpu", precision="fp32")
-    monkeypatch.setattr("protnest.engine.score_models.load_encoder", lambda *given, **options: encoder)
+    monkeypatch.setattr("protnest.engine.score_models.load_model", lambda *given, **options: encoder)
     rng = random.Random(6)
     scored = refused = 0
     for number in range(300):

@@ -248,9 +248,9 @@ def test_operator(kind: str) -> None:
     tensors = [tensor.clone() for tensor in tensors]
     weight_D, bias_D, eps = _plain_norm(37)
     target = empty_target(7, 37, torch.int8 if kind == "int32" else torch.bfloat16)
-    check(_add_norm, (hostile_rows(7, 37), target, tensors, weight_D, bias_D, eps, cpu_level()))
+    check(_add_norm.definition, (hostile_rows(7, 37), target, tensors, weight_D, bias_D, eps, cpu_level()))
     if not kind:
-        check(_add_norm, (hostile_rows(7, 37), [], tensors, None, None, 0.0, cpu_level()))
+        check(_add_norm.definition, (hostile_rows(7, 37), [], tensors, None, None, 0.0, cpu_level()))
 
 
 def _count_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:

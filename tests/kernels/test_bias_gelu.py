@@ -297,8 +297,8 @@ def test_operators() -> None:
     for kind, given, dtype in (("bf16", [], torch.bfloat16), ("int32", move, torch.int8)):
         with guarded() as guards:
             tensors = [tensor.clone() for tensor in make_product(kind, 7, 37, guards).tensors()]
-        check(_bias_gelu, (tensors, given, dtype, cpu_level()))
-    check(_bias_gelu_over, (hostile_rows(7, 37), [torch.ones(37)], cpu_level()))
+        check(_bias_gelu.definition, (tensors, given, dtype, cpu_level()))
+    check(_bias_gelu_over.definition, (hostile_rows(7, 37), [torch.ones(37)], cpu_level()))
 
 
 @needs_extension

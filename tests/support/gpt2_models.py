@@ -112,6 +112,16 @@ def load_pair(folder: Path, *, residues: bool = False, **sizes: int) -> tuple[An
     return theirs, read_decoder(folder)[0].requires_grad_(False)
 
 
+def gentle_pair(folder: Path, *, residues: bool = False, seed: int = 0, **sizes: int) -> tuple[Any, Decoder]:
+    """A hostile model whose logits are as large as a trained one's, and this package's reading of it."""
+    theirs = (save_residue_gpt2 if residues else save_gpt2)(folder, seed=seed, **sizes)
+    with torch.no_grad():
+        theirs.transformer.ln_f.weight.mul_(0.02)
+        theirs.transformer.ln_f.bias.mul_(0.02)
+    theirs.save_pretrained(folder)
+    return theirs, read_decoder(folder)[0].requires_grad_(False)
+
+
 def gpt2_logits(model: Any, sequences: Sequence[Any]) -> torch.Tensor:
     """What transformers says, one sequence of ids at a time, packed like our batches: (T, V)."""
     with torch.no_grad():

@@ -18,6 +18,21 @@ END = "<end>"
 LETTERS = (*AMINO_ACIDS, END)
 
 
+class Followed:
+    """Remembers the stages of a judgement: their words, what they announced, and what they were told."""
+
+    def __init__(self) -> None:
+        self.stages: list[tuple[str, int]] = []
+        self.told: list[list[int]] = []
+
+    def stage(self, words: str, residues: int) -> None:
+        self.stages.append((words, residues))
+        self.told.append([])
+
+    def advance(self, residues: int) -> None:
+        self.told[-1].append(residues)
+
+
 @dataclass
 class NextLetter:
     """A decoder in the small: asked for each next letter and the end; it says the same at every place.
@@ -40,6 +55,10 @@ class NextLetter:
     skips: bool = False
     backwards: bool = False
     seen: list[int] = field(default_factory=list)
+
+    def residues_run(self, sequences: Sequence[str], *, context: int | None = None) -> int:
+        most = self.context if context is None else min(context, self.context)
+        return sum(min(len(each), most) for each in sequences)
 
     def predictions(self, sequences: Sequence[str], *, context: int | None = None) -> Iterator[Predictions]:
         most = self.context if context is None else min(context, self.context)

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,8 +23,11 @@ from protnest.engine.cli import app
 from protnest.engine.decoder import Decoder
 from protnest.engine.errors import InputError
 from protnest.engine.models import load_decoder
+from protnest.engine.packing import PackedBatch
+from protnest.engine.progress import ResidueProgress
 from protnest.training import decoder_prediction
 from protnest.training.decoder_prediction import DecoderPredictor
+from protnest.training.perplexity import residue_perplexity, token_perplexity
 from protnest.training.prediction import Predictions
 from protnest.training.token_scores import score_tokens
 from typer.testing import CliRunner
@@ -31,7 +38,7 @@ from support.tiny import write_fasta
 
 # The last two are longer than the models' 96 places, in residues and in byte pairs.
 PROTEINS = [protein[:length] for protein, length in zip(example_proteins(), (30, 1, 61, 12, 120, 3), strict=False)]
-LONG = ["MKTAYIAKQR" * 9 + "ACD", "".join(example_proteins())[:600]]
+LONG = ["MKTAYIAKQR" * 9 + "ACD", "W" * 96, "".join(example_proteins())[:600]]
 
 
 @pytest.fixture(scope="module", params=["pairs", "residues"])
@@ -82,7 +89,7 @@ def test_log_probabilities_are_transformers(
         shown += int(found.residues_N[some].sum())
     assert place == len(found.label_N)
     torch.testing.assert_close(found.log_probs_NV.double().exp().sum(dim=-1), torch.ones(place).double())
-    assert sum(seen) == shown
+    assert sum(seen) == shown == predictor.residues_run(proteins, context=context)
 
 
 def test_chunks_follow_from_the_sequences_alone(pair: tuple[Any, Decoder], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,6 +125,50 @@ def test_neither_order_nor_company_matters(pair: tuple[Any, Decoder]) -> None:
 def test_batches_must_hold_something(pair: tuple[Any, Decoder]) -> None:
     with pytest.raises(ValueError, match="max_tokens must be positive, got 0"):
         DecoderPredictor(pair[1], max_tokens=0)
+
+
+# Memory that ends
+
+
+@contextmanager
+def _memory_for(tokens: int) -> Iterator[list[int]]:
+    """The decoder runs batches of so many tokens at most; gives the tokens of each run that was tried."""
+    real, tried = Decoder.forward, []
+
+    def forward(self: Decoder, batch: PackedBatch) -> torch.Tensor:
+        tried.append(sum(batch.lengths_B))
+        if tried[-1] > tokens:
+            message = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8 GiB."
+            raise torch.OutOfMemoryError(message)
+        return real(self, batch)
+
+    with mock.patch.object(Decoder, "forward", forward):
+        yield tried
+
+
+def test_batches_that_do_not_fit_are_cut(
+    pair: tuple[Any, Decoder], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """To the same log-probabilities in the same chunks; what does not fit is learnt once for all rounds."""
+    monkeypatch.setattr(decoder_prediction, "_ROUND_TOKENS", 150)
+    proteins, done = [*PROTEINS, *LONG] * 3, list[int]()
+    right = list(DecoderPredictor(pair[1]).predictions(proteins))
+    with caplog.at_level(logging.INFO, logger="protnest.engine.retry"), _memory_for(100) as tried:
+        predictor = DecoderPredictor(pair[1], max_tokens=1000, after_batch=done.append)
+        found = list(predictor.predictions(proteins))
+    assert 1 <= sum(tokens > 100 for tokens in tried) <= 3
+    assert len(caplog.messages) >= 1
+    assert len(found) == len(right)
+    for one, other in zip(found, right, strict=True):
+        torch.testing.assert_close(one.log_probs_NV, other.log_probs_NV, rtol=0, atol=1e-3)
+        assert one.label_N.tolist() == other.label_N.tolist()
+        assert one.sequence_N.tolist() == other.sequence_N.tolist()
+    assert sum(done) == predictor.residues_run(proteins)
+
+
+def test_what_does_not_fit_alone(pair: tuple[Any, Decoder]) -> None:
+    with _memory_for(5), pytest.raises(InputError, match=r"^a run of \d+ residues does not fit into the memory of cpu"):
+        list(DecoderPredictor(pair[1]).predictions(PROTEINS))
 
 
 # Judged
@@ -174,6 +225,37 @@ def test_evaluate(tmp_path: Path, residues: bool) -> None:
         assert found["token_perplexity"]["value"] == pytest.approx(per_token, rel=1e-4)
         assert found["residue_perplexity"]["value"] == pytest.approx(per_residue, rel=1e-4)
     assert residues or judged["model"]["token_perplexity"]["value"] != judged["model"]["residue_perplexity"]["value"]
+
+
+def test_a_uniform_decoder_has_the_vocabularys_perplexity(pair: tuple[Any, Decoder]) -> None:
+    flat = copy.deepcopy(pair[1])
+    for parameter in flat.parameters():
+        torch.nn.init.zeros_(parameter)
+    scores, V = score_tokens(DecoderPredictor(flat), PROTEINS).model, flat.vocabulary.size
+    found = token_perplexity(scores)
+    assert (found.value, found.low, found.high) == tuple(pytest.approx(V, rel=1e-5) for _ in range(3))
+    assert found.n == len(PROTEINS)
+    tokens = sum(len(flat.vocabulary.encode(protein)[:96]) - 1 for protein in PROTEINS)
+    residues = int(scores.residues_N.sum())
+    assert residue_perplexity(scores).value == pytest.approx(V ** (tokens / residues), rel=1e-4)
+
+
+@pytest.mark.parametrize("residues", [False, True], ids=["pairs", "residues"])
+def test_progress_ends_at_all_of_it(tmp_path: Path, residues: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Model and teacher of other lengths, proteins beyond both."""
+    save = save_residue_gpt2 if residues else save_gpt2
+    save(tmp_path / "student")
+    save(tmp_path / "teacher", places=70, seed=4)
+    work, done = list[int](), list[int]()
+    monkeypatch.setattr(ResidueProgress, "start", lambda self, records, total, before: work.append(total))
+    monkeypatch.setattr(ResidueProgress, "advance", lambda self, residues: done.append(residues))
+    fasta = write_fasta(tmp_path / "ours.fasta", [*PROTEINS, *LONG])
+    for more in ([], ["--teacher", tmp_path / "teacher"]):
+        work.clear()
+        done.clear()
+        result = _run(fasta, "--model", tmp_path / "student", *more, "--json")
+        assert result.exit_code == 0, result.output
+        assert sum(done) == sum(work) > 0
 
 
 def _refusal(folder: Path, model: str, teacher: str) -> str:

@@ -10,6 +10,7 @@ from protnest.engine.bootstrap import draws
 from protnest.training.diversity import diversity, draw_pairs
 from protnest.training.identity import mutual_identity
 
+from support.predictors import Followed
 from support.tiny import random_proteins
 
 pytest.importorskip("parasail")
@@ -24,7 +25,10 @@ def test_copies_have_none() -> None:
 
 
 def test_all_pairs() -> None:
-    found = diversity(PROTEINS, samples=200)
+    seen = Followed()
+    found = diversity(PROTEINS, samples=200, follower=seen)
+    assert seen.stages == [("66 pairs of designs", sum(seen.told[0]))]
+    assert len(seen.told[0]) == 66
     wanted = [1 - mutual_identity(one, other) for one, other in itertools.combinations(PROTEINS, 2)]
     assert found.distance.value == pytest.approx(np.mean(wanted))
     assert (found.pairs, found.distinct, found.duplicates) == (66, 12, 0)

@@ -20,7 +20,7 @@ from protnest.training.evaluation_plot import Page, evaluation_figure
 from protnest.training.held_out import HeldOut, Read
 from typer.testing import CliRunner
 
-from support.predictors import LETTERS, NextLetter, uniform
+from support.predictors import LETTERS, Followed, NextLetter, uniform
 from support.shared_data import REAL_8M_MLM, shared_path, shared_sequences
 from support.tiny import TINY, random_proteins, save_tiny_model, write_fasta
 
@@ -87,6 +87,23 @@ def test_copies_of_a_reference() -> None:
     copies = judge_designs(_read(PROTEINS[:1] * 6), DesignQuestions(reference=tuple(PROTEINS[:15])))
     assert (copies.diversity.distance.value, copies.diversity.duplicates) == (0.0, 5)
     assert copies.novelty is None
+
+
+def test_every_part_is_followed_to_its_end() -> None:
+    class Stub:
+        def infer(self, sequences: list[str]) -> dict[str, torch.Tensor]:
+            return {"plddt": torch.full((1, len(sequences[0]), 37), 0.8)}
+
+    seen, ours = Followed(), PROTEINS[:6]
+    questions = DesignQuestions(reference=tuple(PROTEINS[6:9]), train=tuple(PROTEINS), esmfold=Stub(), folded=4)
+    judge_designs(_read(ours), questions, samples=20, follower=seen)
+    assert [words for words, _ in seen.stages] == [
+        "neighbours of 6 designs",
+        "folding 4 designs",
+        "15 pairs of designs",
+    ]
+    for (_, residues), told in zip(seen.stages, seen.told, strict=True):
+        assert sum(told) == residues > 0
 
 
 def test_no_reference() -> None:

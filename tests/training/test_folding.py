@@ -12,6 +12,8 @@ import torch
 from protnest.engine import InputError
 from protnest.training.folding import folding, load_esmfold
 
+from support.predictors import Followed
+
 
 class Stub:
     """Says of each residue's alpha carbon that it is as sure as the letter tells; of all other atoms, nothing."""
@@ -38,12 +40,12 @@ class Stub:
 
 
 def test_plddt_is_the_mean_of_designs() -> None:
-    seen: list[int] = []
-    found = folding(Stub(), ["AAAA", "CC", "AD"], samples=50, after_design=seen.append)
+    seen = Followed()
+    found = folding(Stub(), ["AAAA", "CC", "AD"], samples=50, follower=seen)
     assert found.plddt.value == pytest.approx((90 + 50 + 50) / 3, rel=1e-6)
     assert found.plddt.n == 3
     assert found.confident.value == pytest.approx(1 / 3)
-    assert seen == [4, 2, 2]
+    assert (seen.stages, seen.told) == ([("folding 3 designs", 8)], [[4, 2, 2]])
 
 
 def test_at_most_so_many_are_folded() -> None:

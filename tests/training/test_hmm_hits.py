@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 from protnest.engine import InputError
+from protnest.training import hmm_hits as module
 from protnest.training.hmm_hits import build_profile, hit_rows, hmm_hits, read_profile
 
+from support.predictors import Followed
 from support.shared_data import shared_path, shared_sequences
 from support.tiny import LETTERS, random_proteins
 
@@ -64,6 +66,25 @@ def test_a_verdict_does_not_depend_on_the_company(profile: Any) -> None:
     assert alone == among
     assert 5 < len(alone) < 55
     assert len(hit_rows(profile, distant, evalue=1e-15)) < len(alone) < len(hit_rows(profile, distant, evalue=10.0))
+
+
+@pytest.mark.parametrize("residues", [1, 500, 100_000])
+def test_neither_do_blocks_matter(profile: Any, residues: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And whoever follows is told of every residue that is searched."""
+    monkeypatch.setattr(module, "_BLOCK_RESIDUES", residues)
+    mixed, seen = [*STRANGERS[:7], *FAMILY, *STRANGERS[7:]], Followed()
+    found = hmm_hits(profile, mixed, reference=FAMILY, follower=seen)
+    assert hit_rows(profile, mixed) == set(range(7, 27))
+    assert (found.hits.value, found.shuffled.value) == (0.4, 0.0)
+    assert found.reference is not None
+    assert found.reference.value == 1.0
+    assert seen.stages == [("searching 50 designs", 120 * 120)]
+    assert sum(seen.told[0]) == 120 * 120
+    assert len(seen.told[0]) == {1: 120, 500: 24, 100_000: 3}[residues]
+
+
+def test_no_sequences(profile: Any) -> None:
+    assert hit_rows(profile, []) == set()
 
 
 def test_all_letters_can_be_searched(profile: Any) -> None:

@@ -8,6 +8,7 @@ from protnest.training import novelty as module
 from protnest.training.identity import identity_to
 from protnest.training.novelty import novelty, shared_words, words
 
+from support.predictors import Followed
 from support.tiny import LETTERS, random_proteins
 
 pytest.importorskip("parasail")
@@ -30,14 +31,15 @@ def test_copies_are_found() -> None:
 
 def test_nearest_is_the_largest_identity() -> None:
     designs = [_mutated(TRAIN[3], 0.1), _mutated(TRAIN[7], 0.6), *random_proteins(3, seed=9, longest=90), TRAIN[0]]
-    seen: list[int] = []
-    found = novelty(designs, TRAIN, samples=50, after_design=seen.append)
+    seen = Followed()
+    found = novelty(designs, TRAIN, samples=50, follower=seen)
     assert list(found.nearest) == [max(identity_to(design, each) for each in TRAIN) for design in designs]
     assert (found.copies, found.identity.n) == (1, 6)
     assert found.identity.value == pytest.approx(np.mean(found.nearest))
     assert found.novel.value == np.mean([each < 0.7 for each in found.nearest])
     assert 0 < found.novel.value < 1
-    assert seen == [len(design) for design in designs]
+    assert seen.told == [[len(design) for design in designs]]
+    assert seen.stages == [("neighbours of 6 designs", sum(map(len, designs)))]
 
 
 def test_words_are_the_distinct_standard_ones() -> None:
@@ -74,7 +76,11 @@ def test_candidates_find_the_neighbour() -> None:
     rng = np.random.default_rng(4)
     train = ["".join(rng.choice(LETTERS, size=200)) for _ in range(2000)]
     designs = [_mutated(each, 0.4, seed=row) for row, each in enumerate(train[:20])]
-    found = novelty([*designs, "W" * 40], train, samples=5, all_pairs_cells=0)
+    seen = Followed()
+    found = novelty([*designs, "W" * 40], train, samples=5, all_pairs_cells=0, follower=seen)
+    # The words of the sequences for training come first, and count.
+    assert seen.told == [[200 * 2000, *[200] * 20, 40]]
+    assert sum(seen.told[0]) == seen.stages[0][1]
     assert found.aligned == "most shared 5-mers"
     for row, nearest in enumerate(found.nearest[:-1]):
         assert nearest == identity_to(designs[row], train[row])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
@@ -54,6 +56,24 @@ def test_only_standard_residues_are_asked_for_and_one_at_least() -> None:
         assert (shown == MASK_ID).sum() == 1
     shown, rows, hidden = mask_by_hash("XBUZO", context=99)
     assert (rows.size, hidden.size, (shown == MASK_ID).sum()) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("context", [None, 7, 40, 2000])
+def test_what_is_run_is_known_before(context: int | None) -> None:
+    """Cropped sequences, and those without anything to hide, among others."""
+    done: list[int] = []
+    predictor = EncoderPredictor(ENCODER, after_batch=done.append)
+    proteins = [*PROTEINS, "XXBUZ", "X" * 300, "X" * 150 + "A" + "X" * 150, "A" * 300]
+    list(predictor.predictions(proteins, context=context))
+    assert sum(done) == predictor.residues_run(proteins, context=context) > 0
+
+
+def test_what_does_not_fit_alone_is_said_without_a_number() -> None:
+    with (
+        mock.patch.object(Encoder, "_run", side_effect=torch.OutOfMemoryError("CUDA out of memory. Tried")),
+        pytest.raises(InputError, match=r"^a run of \d+ residues does not fit into the memory of cpu"),
+    ):
+        list(EncoderPredictor(ENCODER).predictions(PROTEINS))
 
 
 def test_crop() -> None:
