@@ -189,7 +189,7 @@ def _by_mmseqs(sequences: Sequence[str], identity: float) -> Integers:
         # are the other's target. Connected components over all hits, in one step: the cascade joins representatives.
         command += ["--min-seq-id", str(identity), "--seq-id-mode", "1", "-c", str(identity), "--cov-mode", "1"]
         command += ["--cluster-mode", "1", "--single-step-clustering", "1", "-k", "5", "-s", "7.5"]
-        command += ["--max-seqs", "300", "-e", "0.1", "--threads", str(usable_cpus()), "-v", "1"]
+        command += ["--max-seqs", "1000", "-e", "0.1", "--threads", str(usable_cpus()), "-v", "1"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         table = folder / "out_cluster.tsv"
         if done.returncode or not table.is_file():

@@ -320,7 +320,6 @@ class _Run:
             if sum(end <= trainer.step for end in self._ends) > len(self.progress.losses) - 1:
                 self._judge()
         else:
-            self._subject.prepare()
             trainer.extra["before"] = self._subject.score()
             self._judge()
         self._callbacks.on_start(trainer.config.steps, trainer.step)

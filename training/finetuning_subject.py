@@ -13,7 +13,6 @@ from torch import nn
 
 from ..engine.decoder import Decoder
 from ..engine.encoder import Encoder
-from ..engine.packing import pack
 from .causal_task import CausalTask, causal_corpus
 from .composition import letter_counts
 from .corpus import Share
@@ -57,10 +56,6 @@ class Subject(Protocol):
     @property
     def judged_by(self) -> list[str]: ...
 
-    def prepare(self) -> None:
-        """Called once, before the first judgement, when the model is on its device."""
-        ...
-
     def validation_loss(self) -> float:
         """Mean loss over the validation share: of the same rows in every call."""
         ...
@@ -102,15 +97,6 @@ class LanguageSubject:
             self.task = CausalTask(model, pieces)
             self.facts = {"cut_into_pieces": cut}
         self.judged_by = [share.corpus().fingerprint for share in (shares.validation, shares.test)]
-
-    def prepare(self) -> None:
-        # The table of rotary positions is made for the longest sequence so far and kept. Made while judging, in
-        # inference mode, it could not be trained with.
-        if isinstance(self.model, Encoder):
-            shares = (self._shares.train, self._shares.validation, self._shares.test)
-            longest = max(len(sequence) for share in shares for sequence in share.sequences)
-            with torch.no_grad():
-                self.model(pack(["A" * min(longest, self.model.config.max_residues)]))
 
     def _scores(self, share: Share) -> TokenScores:
         self.model.eval()
@@ -166,9 +152,6 @@ class HeadSubject:
         self.task: Task = HeadTask(self.model, train)
         self.facts: dict[str, Any] = {"pooling": pooling}
         self.judged_by = [self._validation.fingerprint, self._test.fingerprint]
-
-    def prepare(self) -> None:
-        """Nothing: it judges outside of inference mode."""
 
     def validation_loss(self) -> float:
         self.model.eval()
