@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 def bench(
     suite: Annotated[
-        Literal["embed", "nested", "kd", "score", "generate"],
+        Literal["embed", "nested", "kd", "score", "generate", "train"],
         typer.Option(
             help="Embedding beside peers; nesting beside its models; the distillation loss beside peers; scores of "
-            "variants beside fair-esm's loop; generating beside transformers."
+            "variants beside fair-esm's loop; generating beside transformers; distilling beside the published step."
         ),
     ] = "embed",
     quick: Annotated[bool, typer.Option("--quick", help="Minutes instead of hours: little data, few pairs.")] = False,
@@ -58,7 +58,7 @@ def bench(
     esm_cpp_python: Annotated[
         Path | None, typer.Option(help="embed: Python of an environment that has esm-cpp (it needs numpy < 2).")
     ] = None,
-    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="nested runs on the CPU only.")] = "auto",
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="nested, train: the CPU alone.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads; torch's own choice by default.", min=1)] = None,
     seed: Annotated[int, typer.Option(help="Of samples and made-up numbers.")] = 0,
     out: Annotated[Path | None, typer.Option(help="JSON lines; rows are appended.", show_default="none")] = None,
@@ -77,7 +77,7 @@ def bench(
     from .rows import append_rows
 
     where = resolve_device(device)
-    if suite == "nested":
+    if suite in ("nested", "train"):
         where = torch.device("cpu")
     if threads is not None:
         torch.set_num_threads(threads)
@@ -90,7 +90,8 @@ def bench(
     if where.type == "cuda":
         torch.cuda.reset_peak_memory_stats(where)
     try:
-        run = {"embed": _embed, "nested": _nested, "kd": _kd, "score": _score, "generate": _generate}[suite]
+        suites = {"embed": _embed, "nested": _nested, "kd": _kd, "score": _score, "generate": _generate}
+        run = (suites | {"train": _train})[suite]
         rows, tables = run(where, quick, given, console)
     except (ParityError, RuntimeError, ValueError) as error:
         # Errors that a user can mend are known to the command line already, also by these names.
@@ -193,3 +194,12 @@ def _generate(
     wanted = {name: given[name] for name in ("shapes", "tokens", "seed")}
     rows = run_generation(plan_problems(device, **wanted, quick=quick), plan, console)
     return rows, generation_tables(rows)
+
+
+def _train(
+    device: Any, quick: bool, given: dict[str, Any], console: Console
+) -> tuple[list[dict[str, Any]], list[Table]]:
+    from .bench_train import PROBLEMS, run_train, train_table
+
+    rows = run_train(list(PROBLEMS), console, pairs=given["pairs"] or 5, quick=quick, seed=given["seed"])
+    return rows, [train_table(rows)]

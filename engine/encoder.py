@@ -155,18 +155,19 @@ class LanguageModelHead(nn.Module):
         self.norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
         self.bias = nn.Parameter(torch.zeros(len(TOKENS)))
 
-    def forward(self, hidden_ND: torch.Tensor, embedding_VD: torch.Tensor) -> torch.Tensor:
-        """Logits (N, V) in the precision of the hidden states, whatever that of the weights."""
-        weight_DD, bias_D, embedding_VD, bias_V, scale_D, shift_D = (
+    def features(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """What the last product of the head multiplies: (N, D) in the precision of the hidden states."""
+        weight_DD, bias_D, scale_D, shift_D = (
             tensor.to(hidden_ND.dtype)
-            for tensor in (
-                *(self.dense.weight, self.dense.bias, embedding_VD),
-                *(self.bias, self.norm.weight, self.norm.bias),
-            )
+            for tensor in (self.dense.weight, self.dense.bias, self.norm.weight, self.norm.bias)
         )
         hidden_ND = F.gelu(linear(hidden_ND, weight_DD, bias_D))
-        hidden_ND = F.layer_norm(hidden_ND, scale_D.shape, scale_D, shift_D, self.norm.eps)
-        return linear(hidden_ND, embedding_VD, bias_V)
+        return F.layer_norm(hidden_ND, scale_D.shape, scale_D, shift_D, self.norm.eps)
+
+    def forward(self, hidden_ND: torch.Tensor, embedding_VD: torch.Tensor) -> torch.Tensor:
+        """Logits (N, V) in the precision of the hidden states, whatever that of the weights."""
+        dtype = hidden_ND.dtype
+        return linear(self.features(hidden_ND), embedding_VD.to(dtype), self.bias.to(dtype))
 
 
 class Encoder(nn.Module):
@@ -265,8 +266,15 @@ class Encoder(nn.Module):
         Raises:
             ValueError: the checkpoint had no language-model head.
         """
-        stream_RD = self._run(batch, (), chosen.to(self.device))[0]
-        return self.logits(self.final_norm.unrounded(stream_RD))
+        return self.logits(self.row_hidden(batch, chosen))
+
+    def row_hidden(self, batch: PackedBatch, chosen: ChosenRows) -> torch.Tensor:
+        """Hidden states of some tokens after the final LayerNorm: (R, D), fp32 at least; differentiable.
+
+        Args:
+            batch, chosen: as `row_logits` takes them.
+        """
+        return self.final_norm.unrounded(self._run(batch, (), chosen.to(self.device))[0])
 
     def _run(
         self, batch: PackedBatch, layers: Collection[int], chosen: ChosenRows | None = None

@@ -36,7 +36,7 @@ SCHEMA_VERSION = 1
 RUN_FILE = "run.json"
 INDEX_FILE = "index.parquet"
 REJECTS_FILE = "rejects.csv"
-_LOCK_FILE = ".lock"
+LOCK_FILE = ".lock"
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -124,7 +124,7 @@ class StoreWriter:
             if not self.overwrite:
                 message = f"holds a run with other settings ({'; '.join(changed)}); choose another --out or --overwrite"
                 raise InputError(message, file=self.folder)
-        elif leftovers := [path.name for path in self.folder.iterdir() if path.name != _LOCK_FILE]:
+        elif leftovers := [path.name for path in self.folder.iterdir() if path.name != LOCK_FILE]:
             message = f"is not empty and holds no run ({', '.join(sorted(leftovers)[:3])}): choose another --out"
             raise InputError(message, file=self.folder)
         self._clear()
@@ -223,7 +223,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
     Raises:
         InputError: another run is in it.
     """
-    with (folder / _LOCK_FILE).open("w") as file:
+    with (folder / LOCK_FILE).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def pretrain(
     data: Annotated[Path, typer.Argument(help="FASTA file, plain or .gz; one sequence in twenty is held out.")],
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint; a killed run goes on from here.")],
-    preset: Annotated[Literal["nano-xs", "nano-s"], typer.Option(help="Architecture.")] = "nano-xs",
+    preset: Annotated[Literal["nano-xs", "nano-s", "nano-m"], typer.Option(help="Architecture.")] = "nano-xs",
     steps: Annotated[int, typer.Option(help="Optimiser steps.", min=1)] = 6000,
     batch_tokens: Annotated[int, typer.Option(help="Most tokens in a batch.", min=16)] = 2048,
     learning_rate: Annotated[float, typer.Option(help="Its peak.", min=1e-9)] = 2e-3,
@@ -28,6 +28,9 @@ def pretrain(
     seed: Annotated[int, typer.Option(help="Of weights, order, crops and masks.", min=0)] = 0,
     precision: Annotated[Literal["auto", "fp32", "bf16"], typer.Option(help="Of the matrix products.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Throw away a run of other settings in --out: its own files alone.")
+    ] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print the report as JSON on standard output.")] = False,
 ) -> None:
     """Train a small ESM-2 encoder from sequences alone, as a masked language model."""
@@ -68,6 +71,7 @@ def pretrain(
             out,
             config,
             device=device,
+            overwrite=overwrite,
             after_step=lambda step, loss: bar.update(task, completed=step, loss=loss),
         )
     if json_output:

@@ -1,4 +1,4 @@
-"""The corpus: which sequences are held out, and which batches an epoch is cut into.
+"""The corpus: which sequences are held out, and how long ones are cropped.
 
 Shapes: B sequences, T tokens of all of them.
 """
@@ -7,22 +7,17 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import itertools
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from protnest.engine import InputError
 from protnest.engine.alphabet import BOS_ID, EOS_ID, RESIDUE_TABLE, TOKENS
 from protnest.kernels import tokenise
-from protnest.training.corpus import Corpus, crop, epoch_batches, is_held_out, iterate_batches, read_corpus
+from protnest.training.corpus import Corpus, crop, is_held_out, read_corpus, read_shares
 
 from support.tiny import random_proteins, write_fasta
-
-Lengths = npt.NDArray[np.int64]
 
 
 def _texts(corpus: Corpus) -> list[str]:
@@ -110,65 +105,15 @@ def test_invalid_files_are_refused(tmp_path: Path) -> None:
         read_corpus(fasta)
 
 
-# Batches of an epoch
-
-
-def _flat(batches: list[Lengths]) -> list[int]:
-    return [int(index) for batch in batches for index in batch]
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    lengths=st.lists(st.integers(3, 60), min_size=1, max_size=60),
-    max_tokens=st.integers(1, 150),
-    seed=st.integers(0, 5),
-    epoch=st.integers(0, 5),
-)
-def test_an_epoch_holds_each_sequence_once_within_the_budget(
-    lengths: list[int], max_tokens: int, seed: int, epoch: int
-) -> None:
-    lengths_B = np.array(lengths, dtype=np.int64)
-    batches = epoch_batches(lengths_B, max_tokens, seed=seed, epoch=epoch)
-    assert sorted(_flat(batches)) == list(range(len(lengths)))
-    for batch in batches:
-        assert batch.dtype == np.int64
-        assert batch.size
-        assert batch.size == 1 or lengths_B[batch].sum() <= max_tokens
-    # No batch ends before it is full: the next one's first sequence would not have fitted.
-    for batch, following in itertools.pairwise(batches):
-        assert lengths_B[batch].sum() + lengths_B[following[0]] > max_tokens
-    again = epoch_batches(lengths_B, max_tokens, seed=seed, epoch=epoch)
-    assert _flat(again) == _flat(batches)
-    assert [batch.size for batch in again] == [batch.size for batch in batches]
-
-
-def test_a_sequence_beyond_the_budget_is_alone() -> None:
-    lengths_B = np.array([5, 500, 5, 5, 700, 5])
-    for epoch in range(10):
-        batches = epoch_batches(lengths_B, 20, seed=0, epoch=epoch)
-        assert [1] in [batch.tolist() for batch in batches]
-        assert [4] in [batch.tolist() for batch in batches]
-
-
-def test_epochs_and_seeds_shuffle_anew() -> None:
-    lengths_B = np.full(200, 10)
-    orders = {tuple(_flat(epoch_batches(lengths_B, 64, seed=seed, epoch=epoch))) for seed in (0, 1) for epoch in (0, 1)}
-    assert len(orders) == 4
-    for order in orders:
-        # Not the file's order: a corpus sorted by length or family would come in blocks.
-        assert abs(float(np.corrcoef(order, np.arange(200))[0, 1])) < 0.3
-
-
-@pytest.mark.parametrize("first_step", [0, 1, 6, 7, 8, 13, 14, 30])
-def test_batches_resume_at_any_step(first_step: int) -> None:
-    lengths_B = np.random.default_rng(0).integers(3, 60, size=20)
-    counts = [len(epoch_batches(lengths_B, 100, seed=1, epoch=epoch)) for epoch in range(4)]
-    assert counts[0] in (6, 7, 8), "the steps above are to lie at the ends of epochs"
-    whole = list(itertools.islice(iterate_batches(lengths_B, 100, seed=1, first_step=0), 40))
-    expected = [batch for epoch in range(8) for batch in epoch_batches(lengths_B, 100, seed=1, epoch=epoch)]
-    resumed = list(itertools.islice(iterate_batches(lengths_B, 100, seed=1, first_step=first_step), 40 - first_step))
-    assert [batch.tolist() for batch in whole] == [batch.tolist() for batch in expected[:40]]
-    assert [batch.tolist() for batch in resumed] == [batch.tolist() for batch in whole[first_step:]]
+def test_sequences_are_called_by_their_ids(tmp_path: Path) -> None:
+    sequences = random_proteins(150, seed=3)
+    fasta = write_fasta(tmp_path / "in.fasta", sequences)
+    for share, corpus in zip(read_shares(fasta), read_corpus(fasta), strict=True):
+        assert corpus.ids == share.ids
+        for number in range(len(share)):
+            assert sequences[int(corpus.describe(number).removeprefix("protein"))] == share.sequences[number]
+    nameless = Corpus(corpus.tokens_T, corpus.cu_seqlens)
+    assert nameless.describe(2) == "sequence 2"
 
 
 # Crops

@@ -6,7 +6,6 @@ Shapes: B sequences, T tokens, R rows asked for, D width, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import logging
 import math
@@ -23,12 +22,16 @@ import torch.nn.functional as F
 from protnest.engine import Encoder, InputError, load_model
 from protnest.engine.alphabet import AMINO_ACIDS, BOS_ID, EOS_ID, MASK_ID, RESIDUE_TABLE, TOKEN_IDS, TOKENS
 from protnest.engine.cli import app
-from protnest.engine.config import BUNDLED, EncoderConfig
+from protnest.engine.config import EncoderConfig
 from protnest.kernels import tokenise
 from protnest.training import pretrain as module
-from protnest.training.corpus import Corpus, is_held_out, iterate_batches
+from protnest.training.corpus import Corpus, is_held_out
+from protnest.training.masked_task import MaskedTask
 from protnest.training.perplexity import held_out_perplexity, unigram_perplexity
-from protnest.training.pretrain import PretrainConfig, Pretraining, initialise, pretrain, training_batch
+from protnest.training.pretrain import PretrainConfig, pretrain
+from protnest.training.students import ENCODER_PRESETS, initialise
+from protnest.training.trainer import Trainer
+from protnest.training.training_folder import TrainingFolder
 from typer.testing import CliRunner
 
 from support.tiny import random_proteins, write_fasta
@@ -49,7 +52,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _toy_preset(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "BUNDLED", BUNDLED | {"toy": TOY})
+    monkeypatch.setitem(ENCODER_PRESETS, "toy", TOY)
 
 
 def _corpus(sequences: list[str]) -> Corpus:
@@ -60,6 +63,11 @@ def _config(**changes: Any) -> PretrainConfig:
     """Six steps of about five sequences; the small corpus below has four batches an epoch."""
     settings: dict[str, Any] = {"preset": "toy", "steps": 6, "batch_tokens": 100, "warmup_steps": 2} | changes
     return PretrainConfig(**settings)
+
+
+def _trainer(config: PretrainConfig, corpus: Corpus) -> Trainer:
+    """What `pretrain` trains with, without a folder."""
+    return Trainer(MaskedTask(_toy_encoder(config.seed), corpus, seed=config.seed), config.trainer(), device=CPU)
 
 
 def _toy_encoder(seed: int = 0) -> Encoder:
@@ -119,76 +127,6 @@ def _assert_same_state(one: dict[str, Any], other: dict[str, Any]) -> None:
 # The recipe
 
 
-def test_learning_rate_rises_and_falls_in_straight_lines() -> None:
-    config = _config(steps=100, warmup_steps=20, learning_rate=0.5)
-    rates = [config.learning_rate_at(step) for step in range(101)]
-    assert rates[0] == pytest.approx(0.5 / 20)
-    np.testing.assert_allclose(np.diff(rates[:20]), 0.5 / 20)
-    assert max(rates) == rates[19] == rates[20] == 0.5
-    np.testing.assert_allclose(np.diff(rates[20:]), -0.5 / 80)
-    assert rates[99] == pytest.approx(0.5 / 80)
-    assert rates[100] == 0
-
-
-def test_learning_rate_without_warm_up_and_with_little_else() -> None:
-    assert [_config(steps=4, warmup_steps=0).learning_rate_at(step) for step in range(5)] == pytest.approx(
-        [2e-3, 1.5e-3, 1e-3, 0.5e-3, 0]
-    )
-    # A warm-up longer than the run: it never gets to the peak.
-    rates = [_config(steps=4, warmup_steps=10).learning_rate_at(step) for step in range(5)]
-    assert rates == pytest.approx([2e-4, 4e-4, 6e-4, 8e-4, 0])
-
-
-def test_the_optimiser_follows_the_rate_and_spares_biases_and_norms() -> None:
-    config = _config(weight_decay=0.3)
-    run = Pretraining(config, _corpus(_sequences()), device=CPU)
-    seen = []
-    run.run(after_step=lambda step, loss: seen.append([group["lr"] for group in run.optimiser.param_groups]))
-    assert seen == [[config.learning_rate_at(step)] * 2 for step in range(6)]
-    decayed, spared = run.optimiser.param_groups
-    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.3, 0.0)
-    assert all(parameter.dim() == 2 for parameter in decayed["params"])
-    assert all(parameter.dim() == 1 for parameter in spared["params"])
-    assert len(decayed["params"]) + len(spared["params"]) == len(list(run.encoder.parameters()))
-
-
-def test_steps_written_out() -> None:
-    """Cross-entropy of the rows asked for, gradients clipped to 1, AdamW with betas of 0.9 and 0.98."""
-    corpus, config = _corpus(_sequences()), _config()
-    run = Pretraining(config, corpus, device=CPU)
-    losses: list[float] = []
-    run.run(after_step=lambda step, loss: losses.append(loss))
-
-    encoder = _toy_encoder(config.seed)
-    ours = list(encoder.parameters())
-    moments = [(torch.zeros_like(parameter), torch.zeros_like(parameter)) for parameter in ours]
-    lengths = np.minimum(corpus.lengths_B, TOY.max_residues + 2)
-    batches = iterate_batches(lengths, config.batch_tokens, seed=config.seed, first_step=0)
-    norms = []
-    for step, index_B in enumerate(itertools.islice(batches, config.steps)):
-        rng = np.random.default_rng((config.seed, 1, step))
-        batch, rows_R, labels_R = training_batch(corpus, index_B, max_residues=TOY.max_residues, rng=rng)
-        loss = -encoder.logits(encoder(batch).hidden_TD)[rows_R].log_softmax(-1)[range(len(rows_R)), labels_R].mean()
-        assert losses[step] == pytest.approx(loss.item(), rel=1e-5)
-        gradients = torch.autograd.grad(loss, ours)
-        norms.append(math.sqrt(sum(float((gradient**2).sum()) for gradient in gradients)))
-        rate = config.learning_rate_at(step)
-        with torch.no_grad():
-            for parameter, gradient, (first, second) in zip(ours, gradients, moments, strict=True):
-                clipped = gradient / max(1.0, norms[-1])
-                first += 0.1 * (clipped - first)
-                second += 0.02 * (clipped**2 - second)
-                if parameter.dim() == 2:
-                    parameter.mul_(1 - rate * config.weight_decay)
-                spread = (second / (1 - 0.98 ** (step + 1))).sqrt() + 1e-8
-                parameter.sub_(rate * first / (1 - 0.9 ** (step + 1)) / spread)
-    assert max(norms) > 1.5, "nothing was clipped"
-    trained = run.encoder.state_dict()
-    for name, parameter in encoder.named_parameters():
-        # A weight moves by up to the sum of the rates, 7e-3. Adam divides what is near 0 by itself: hence the slack.
-        torch.testing.assert_close(trained[name], parameter.detach(), rtol=0, atol=1e-5, msg=name)
-
-
 def test_fresh_weights_have_the_documented_spread() -> None:
     config = EncoderConfig(layers=8, width=64, heads=4, feedforward=256)
     encoder = Encoder(config)
@@ -213,28 +151,6 @@ def test_fresh_weights_come_from_the_seed_alone() -> None:
         assert torch.equal(parameter, again.state_dict()[name])
         assert torch.equal(parameter, later.state_dict()[name])
         assert parameter.dim() == 1 or not torch.equal(parameter, other.state_dict()[name])
-
-
-def test_a_training_batch_is_cropped_masked_and_labelled() -> None:
-    corpus = _corpus(["ACDEFGHIKLMNPQRSTVWY" * 3, "MKTAY", "W" * 20])
-    index_B = np.array([2, 0, 1])
-    batch, rows_R, labels_R = training_batch(corpus, index_B, max_residues=20, rng=np.random.default_rng(3))
-    assert batch.lengths_B == (22, 22, 7)
-    assert batch.index_B.tolist() == [2, 0, 1]
-    assert (rows_R.dtype, labels_R.dtype) == (torch.int64, torch.int64)
-    assert rows_R.numel() == labels_R.numel() >= 1
-
-    shown_T = batch.tokens_T.tolist()
-    text = "".join(TOKENS[token] if len(TOKENS[token]) == 1 else "_" for token in shown_T)
-    truth = list(text)
-    for row, label in zip(rows_R.tolist(), labels_R.tolist(), strict=True):
-        truth[row] = TOKENS[label]
-    whole = "".join(truth)
-    assert whole[:22] == "_" + "W" * 20 + "_"
-    assert whole[23:43] in "ACDEFGHIKLMNPQRSTVWY" * 3
-    assert whole[44:] == "_MKTAY_"
-    assert MASK_ID in shown_T
-    assert [shown_T[begin] for begin in batch.cu_seqlens[:-1].tolist()] == [BOS_ID] * 3
 
 
 # Perplexities
@@ -340,17 +256,17 @@ def test_a_hopeless_model_has_an_infinite_perplexity() -> None:
 def test_the_loss_falls_on_what_can_be_memorised() -> None:
     """Proteins of one letter each: whatever is shown of one tells all of it."""
     corpus = _corpus([letter * 15 for letter in "ACDEFGHI"])
-    run = Pretraining(
-        _config(steps=80, batch_tokens=136, learning_rate=2e-2, warmup_steps=10, weight_decay=0.0), corpus, device=CPU
-    )
-    before = held_out_perplexity(run.encoder.eval(), corpus, sequences=8)
+    run = _trainer(_config(steps=80, batch_tokens=136, learning_rate=2e-2, warmup_steps=10, weight_decay=0.0), corpus)
+    encoder = run.task.model
+    assert isinstance(encoder, Encoder)
+    before = held_out_perplexity(encoder.eval(), corpus, sequences=8)
     losses: list[float] = []
-    run.run(after_step=lambda step, loss: losses.append(loss))
+    run.run(after_step=lambda report: losses.append(report.loss))
     assert len(losses) == 80
     first, last = float(np.mean(losses[:5])), float(np.mean(losses[-20:]))
     assert 0.8 * math.log(33) < first < 2 * math.log(33)
     assert last < first / 3, f"{first:.2f} -> {last:.2f}"
-    after = held_out_perplexity(run.encoder.eval(), corpus, sequences=8)
+    after = held_out_perplexity(encoder.eval(), corpus, sequences=8)
     assert after < 2 < 15 < before, f"perplexity {before:.2f} -> {after:.2f}"
 
 
@@ -360,7 +276,8 @@ def test_a_run_leaves_what_is_documented(fasta: Path, tmp_path: Path) -> None:
     report = pretrain(fasta, out, _config(), device="cpu", after_step=lambda step, loss: steps.append(step))
     assert steps == [1, 2, 3, 4, 5, 6]
     files = {path.name for path in out.iterdir()}
-    assert files - {"state.pt"} == {"model.safetensors", "config.json", "vocab.txt", "training.json", "log.csv"}
+    model = {"model.safetensors", "config.json", "vocab.txt", "training.json"}
+    assert files - {"tensorboard"} == model | {"log.csv", "run.json", "state.pt", ".lock"}
 
     assert json.loads((out / "training.json").read_text()) == report
     recipe = dataclasses.asdict(_config())
@@ -377,7 +294,7 @@ def test_a_run_leaves_what_is_documented(fasta: Path, tmp_path: Path) -> None:
 
 def _assert_log(out: Path, steps: int) -> None:
     header, *lines = (out / "log.csv").read_text().splitlines()
-    assert header == "step,seconds,loss"
+    assert header == "step,seconds,loss,learning_rate,gradient_norm,tokens"
     rows = [line.split(",") for line in lines]
     assert [int(row[0]) for row in rows] == list(range(1, steps + 1)), "one line a step"
     seconds = [float(row[1]) for row in rows]
@@ -403,7 +320,7 @@ def test_what_is_written_loads_as_a_model(fasta: Path, tmp_path: Path) -> None:
     loaded = load_model(tmp_path / "out", device="cpu", precision="fp32")
     assert loaded.config == TOY
     assert loaded.head is not None
-    trained = _state(tmp_path / "out")["encoder"]
+    trained = _state(tmp_path / "out")["model"]
     fresh = _toy_encoder().state_dict()
     for name, parameter in loaded.state_dict().items():
         assert torch.equal(parameter, trained[name].half().float()), name
@@ -423,10 +340,10 @@ def test_bf16_trains_with_fp32_weights(fasta: Path, tmp_path: Path) -> None:
     report = pretrain(fasta, tmp_path / "out", _config(precision="bf16"), device="cpu")
     assert report["precision"] == "bf16"
     state = _state(tmp_path / "out")
-    assert {tensor.dtype for tensor in state["encoder"].values()} == {torch.float32}
+    assert {tensor.dtype for tensor in state["model"].values()} == {torch.float32}
     pretrain(fasta, tmp_path / "fp32", _config(), device="cpu")
-    other = _state(tmp_path / "fp32")["encoder"]
-    assert any(not torch.equal(tensor, other[name]) for name, tensor in state["encoder"].items())
+    other = _state(tmp_path / "fp32")["model"]
+    assert any(not torch.equal(tensor, other[name]) for name, tensor in state["model"].items())
 
 
 def test_the_seed_decides_the_weights(fasta: Path, tmp_path: Path) -> None:
@@ -434,20 +351,26 @@ def test_the_seed_decides_the_weights(fasta: Path, tmp_path: Path) -> None:
         pretrain(fasta, tmp_path / name, _config(seed=seed), device="cpu")
     first, again, other = (_state(tmp_path / name) for name in ("first", "again", "other"))
     _assert_same_state(first, again)
-    for name, tensor in first["encoder"].items():
-        assert not torch.equal(tensor, other["encoder"][name]), name
+    for name, tensor in first["model"].items():
+        assert not torch.equal(tensor, other["model"][name]), name
 
 
 @pytest.mark.parametrize("trained", ["order", "masks"])
-def test_the_seed_is_not_only_that_of_the_weights(trained: str) -> None:
+def test_the_seed_is_not_only_that_of_the_weights(trained: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the same weights, another seed must show other sequences, and of the same sequences other masks."""
     sequences = _sequences()[:16] if trained == "order" else ["ACDEFGHIKLMNPQRSTVWY"]
-    seen = []
+    seen: list[Any] = []
+    true_rows = Encoder.row_hidden
+
+    def watched(encoder: Encoder, batch: Any, chosen: Any) -> torch.Tensor:
+        seen.append(batch)
+        return true_rows(encoder, batch, chosen)
+
+    monkeypatch.setattr(Encoder, "row_hidden", watched)
     for seed in (0, 1):
-        run = Pretraining(_config(seed=seed, steps=1), _corpus(sequences), device=CPU)
-        initialise(run.encoder, 7)
-        run.encoder.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
-        run.run(after_step=lambda step, loss: None)
+        run = _trainer(_config(seed=seed, steps=1), _corpus(sequences))
+        initialise(run.task.model, 7)  # type: ignore[arg-type]
+        run.run()
     if trained == "order":
         assert seen[0].index_B.tolist() != seen[1].index_B.tolist()
     else:
@@ -462,7 +385,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("uninterrupted")
     fasta = write_fasta(folder / "in.fasta", _sequences())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "BUNDLED", {"toy": TOY})
+        patch.setitem(ENCODER_PRESETS, "toy", TOY)
         pretrain(fasta, folder / "out", _config(), device="cpu")
     return folder / "out"
 
@@ -509,18 +432,18 @@ def test_a_kill_between_checkpoints_repeats_the_steps_since(
 ) -> None:
     """The log is then ahead of the state, its last line cut short: the lines are written again, none twice."""
     out = tmp_path / "out"
-    true_save = Pretraining.save
+    true_save = TrainingFolder.save
 
-    def save(run: Pretraining, path: Path) -> None:
-        if run.step <= 2:
-            true_save(run, path)
+    def save(folder: TrainingFolder, trainer: Trainer) -> None:
+        if trainer.step <= 2:
+            true_save(folder, trainer)
 
-    monkeypatch.setattr(Pretraining, "save", save)
+    monkeypatch.setattr(TrainingFolder, "save", save)
     with pytest.raises(_Killed):
         pretrain(fasta, out, _config(), device="cpu", save_every_s=0, after_step=_killed_at(5))
     assert _state(out)["step"] == 2
     monkeypatch.undo()
-    monkeypatch.setattr(module, "BUNDLED", {"toy": TOY})
+    monkeypatch.setitem(ENCODER_PRESETS, "toy", TOY)
     log = out / "log.csv"
     log.write_text(log.read_text()[:-4])
     pretrain(fasta, out, _config(), device="cpu")
@@ -579,12 +502,12 @@ def test_a_finished_run_is_not_repeated(fasta: Path, tmp_path: Path, uninterrupt
 
 
 def test_stopping_and_going_on_in_memory_is_the_same() -> None:
-    whole, parts = (Pretraining(_config(), _corpus(_sequences()), device=CPU) for _ in range(2))
-    whole.run(after_step=lambda step, loss: None)
+    whole, parts = (_trainer(_config(), _corpus(_sequences())) for _ in range(2))
+    whole.run()
     for until in (2, 2, 5, 6):
-        parts.run(after_step=lambda step, loss: None, until=until)
+        parts.run(until=until)
         assert parts.step == until
-    _assert_same_state(whole.encoder.state_dict(), parts.encoder.state_dict())
+    _assert_same_state(whole.state(), parts.state())
 
 
 # Refused
@@ -598,12 +521,15 @@ def _unfinished(fasta: Path, out: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"seed": 5}, "seed 0 -> 5"),
-        ({"steps": 7}, "steps 6 -> 7"),
-        ({"learning_rate": 0.1}, "learning_rate 0.002 -> 0.1"),
-        ({"batch_tokens": 50, "weight_decay": 0.5}, "batch_tokens 100 -> 50, weight_decay 0.01 -> 0.5"),
-        ({"preset": "nano-xs"}, "preset toy -> nano-xs"),
-        ({"precision": "bf16"}, "precision fp32 -> bf16"),
+        ({"seed": 5}, "seed: 0 there, 5 now"),
+        ({"steps": 7}, "steps: 6 there, 7 now"),
+        ({"learning_rate": 0.1}, "learning_rate: 0.002 there, 0.1 now"),
+        (
+            {"batch_tokens": 50, "weight_decay": 0.5},
+            "batch_tokens: 100 there, 50 now; weight_decay: 0.01 there, 0.5 now",
+        ),
+        ({"preset": "nano-xs"}, "preset: toy there, nano-xs now"),
+        ({"precision": "bf16"}, "precision: fp32 there, bf16 now"),
     ],
 )
 def test_resuming_with_other_settings_is_refused(
@@ -612,8 +538,8 @@ def test_resuming_with_other_settings_is_refused(
     out = tmp_path / "out"
     _unfinished(fasta, out)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    problem = re.escape(f"state.pt: the run there has other settings: {named}")
-    with pytest.raises(InputError, match=problem + "(, architecture .*)?$"):
+    problem, ending = (re.escape(text) for text in ("out: holds a run with other settings (", f"{named}); choose"))
+    with pytest.raises(InputError, match=f"{problem}(.*; )?{ending}"):
         pretrain(fasta, out, _config(**changes), device="cpu")
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
@@ -621,7 +547,7 @@ def test_resuming_with_other_settings_is_refused(
 def test_resuming_with_other_data_is_refused(fasta: Path, tmp_path: Path) -> None:
     _unfinished(fasta, tmp_path / "out")
     other = write_fasta(tmp_path / "other.fasta", random_proteins(60, seed=77))
-    with pytest.raises(InputError, match=r"state\.pt"):
+    with pytest.raises(InputError, match=r"holds a run with other settings \(data: "):
         pretrain(other, tmp_path / "out", _config(), device="cpu")
 
 
@@ -630,8 +556,9 @@ def test_resuming_another_architecture_of_the_same_name_is_refused(
     fasta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: dict[str, int]
 ) -> None:
     _unfinished(fasta, tmp_path / "out")
-    monkeypatch.setattr(module, "BUNDLED", {"toy": dataclasses.replace(TOY, **architecture)})  # type: ignore[arg-type]
-    with pytest.raises(InputError, match=r"state\.pt"):
+    changed = dataclasses.replace(TOY, **architecture)  # type: ignore[arg-type]
+    monkeypatch.setitem(ENCODER_PRESETS, "toy", changed)
+    with pytest.raises(InputError, match=r"holds a run with other settings \(architecture: "):
         pretrain(fasta, tmp_path / "out", _config(), device="cpu")
 
 
@@ -639,7 +566,7 @@ def test_a_state_of_another_release_is_refused(fasta: Path, tmp_path: Path) -> N
     out = tmp_path / "out"
     _unfinished(fasta, out)
     torch.save(_state(out) | {"version": 99}, out / "state.pt")
-    with pytest.raises(InputError, match=r"state\.pt: state has schema version 99, this release reads 1"):
+    with pytest.raises(InputError, match=r"state\.pt: state has schema version 99, this release reads 2"):
         pretrain(fasta, out, _config(), device="cpu")
 
 
@@ -666,7 +593,8 @@ def test_a_loss_that_is_no_number_ends_the_run(fasta: Path, tmp_path: Path, monk
 
     monkeypatch.setattr(F, "cross_entropy", broken)
     out = tmp_path / "out"
-    with pytest.raises(InputError, match=r"the loss is nan at step 3: try a learning rate below 0\.002"):
+    problem = r"the loss is nan at step 3, in a batch of protein\d+, .*: try a learning rate below 0\.002"
+    with pytest.raises(InputError, match=problem):
         pretrain(fasta, out, _config(), device="cpu", save_every_s=0)
     monkeypatch.setattr(F, "cross_entropy", true_loss)
     with pytest.raises(_Killed):
@@ -677,16 +605,18 @@ def test_a_loss_that_is_no_number_ends_the_run(fasta: Path, tmp_path: Path, monk
 
 
 def test_a_learning_rate_beyond_reason_ends_the_run(fasta: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"the loss is nan at step \d+: try a learning rate below 1e\+30"):
+    with pytest.raises(InputError, match=r"the loss is nan at step \d+, in .*: try a learning rate below 1e\+30"):
         pretrain(fasta, tmp_path / "out", _config(learning_rate=1e30, warmup_steps=0), device="cpu")
 
 
 def test_gradients_that_are_no_numbers_never_reach_the_weights() -> None:
-    run = Pretraining(_config(), _corpus(_sequences()), device=CPU)
-    run.encoder.final_norm.bias.register_hook(lambda grad: grad * math.inf)  # type: ignore[no-untyped-call]
+    run = _trainer(_config(), _corpus(_sequences()))
+    encoder = run.task.model
+    assert isinstance(encoder, Encoder)
+    encoder.final_norm.bias.register_hook(lambda grad: grad * math.inf)  # type: ignore[no-untyped-call]
     with pytest.raises(InputError, match="gradient"):
-        run.run(after_step=lambda step, loss: None, until=1)
-    assert all(parameter.isfinite().all() for parameter in run.encoder.parameters())
+        run.run(until=1)
+    assert all(parameter.isfinite().all() for parameter in encoder.parameters())
 
 
 def test_too_few_sequences_are_refused_before_anything_is_written(tmp_path: Path) -> None:
@@ -705,8 +635,8 @@ def test_too_few_sequences_are_refused_before_anything_is_written(tmp_path: Path
         ({"batch_tokens": 0}, "batch_tokens must be positive, got 0"),
         ({"learning_rate": 0.0}, "learning_rate must be positive, got 0.0"),
         ({"learning_rate": math.nan}, "learning_rate must be positive, got nan"),
-        ({"precision": "fp16"}, "precision is 'fp16'; training runs in fp32 or bf16"),
-        ({"precision": "auto"}, "precision is 'auto'; training runs in fp32 or bf16"),
+        ({"precision": "fp16"}, "precision is 'fp16'; allowed: fp32, bf16"),
+        ({"precision": "auto"}, "precision is 'auto'; allowed: fp32, bf16"),
     ],
 )
 def test_wrong_settings_are_refused(changes: dict[str, Any], problem: str) -> None:
@@ -772,7 +702,7 @@ def test_command_trains_and_reports(fasta: Path, tmp_path: Path, command: CliRun
     assert "held_out_perplexity" in plain.stderr
     refused = command.invoke(app, _arguments(fasta, out, "--seed", "3"))
     assert refused.exit_code == 1
-    assert "the run there has other settings: seed 0 -> 3" in " ".join(refused.stderr.split())
+    assert "holds a run with other settings (seed: 0 there, 3 now)" in " ".join(refused.stderr.split())
     assert "Traceback" not in refused.stderr
 
 

@@ -1,0 +1,272 @@
+"""A teacher's answers on disk: it runs once over each sequence and mask, and never again.
+
+    cache.json                  schema version, what the cache is of (`key`), checksums of finished shards
+    rows-M-NNNNN.npy            answers for the rows of 2,048 sequences under mask M, one record a row
+    begins-M-NNNNN.npy          int64, where each sequence's rows begin
+
+A record holds `logits` fp32: all of them where the vocabulary has up to 64 tokens, else the K largest with their
+`tokens`; and `lse_1`, `lse_T` (log of the sum of exp(t), of exp(t / T)), `entropy` of softmax(t), and `max`, fp32.
+Shards are memory-mapped. They are written under temporary names and renamed, cache.json last, so that a killed run goes
+on with the shards that are finished. A shard's checksum is looked at when it is first read.
+
+From all logits the student learns as from the teacher itself, up to rounding: shards are packed otherwise than
+training's batches. From K of them, see `top_k_loss`.
+
+Shapes: N rows, K logits kept of a row, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ..engine.atomic import write_atomically
+from ..engine.errors import InputError
+from ..engine.store import LOCK_FILE, differences, lock_folder
+from ..kernels import plan_batches
+from ..kernels.linear import linear
+from ..kernels.linear_kd_loss import Head
+from .row_task import SMALL_VOCABULARY, RowBatch, RowTask
+from .teacher import LiveTeacher
+from .top_k_loss import TopKRows
+
+SCHEMA_VERSION = 1
+CACHE_FILE = "cache.json"
+SHARD_SEQUENCES = 2048
+_FILL_TOKENS = 8192
+_CHUNK_NUMBERS = 1 << 23
+
+Rows = npt.NDArray[Any]
+Begins = npt.NDArray[np.int64]
+
+
+class TeacherCache:
+    """A cache of one teacher's answers to one task's rows (a `row_task.Teacher`).
+
+    Args:
+        folder: made if it is not there.
+        teacher: whose answers; asked only for what is missing.
+        task: whose rows; its own teacher and model do not matter.
+        temperature: T, at which the log-sum-exp is kept.
+        top_k: K, logits kept of a row where the vocabulary has more than 64 tokens.
+
+    Attributes:
+        fingerprint: of the teacher, and how it is cached: resumed runs learn from the same numbers.
+
+    Raises:
+        InputError: the task's masks never come again; the folder holds a cache of another teacher, other data, masks or
+            temperature, or other files; it is unreadable.
+    """
+
+    def __init__(
+        self, folder: Path, teacher: LiveTeacher, task: RowTask, *, temperature: float, top_k: int = 64
+    ) -> None:
+        if task.masks == 0:
+            message = "a cache needs masks that come again: mask_epochs is 0, expected 1 or more"
+            raise InputError(message)
+        V = teacher.model.embed_tokens.weight.shape[0]
+        if top_k < 1:
+            message = f"top_k is {top_k}, expected 1 or more"
+            raise InputError(message)
+        self.folder = folder
+        self._teacher, self._task, self._vocabulary, self._temperature = teacher, task, V, temperature
+        self._kept = V if V <= SMALL_VOCABULARY else min(top_k, V)
+        self._key = json.loads(
+            json.dumps(
+                {
+                    "teacher": teacher.fingerprint,
+                    "vocabulary": V,
+                    "kept": self._kept,
+                    "temperature": float(temperature),
+                    **task.row_identity(),
+                }
+            )
+        )
+        self.fingerprint = f"{teacher.fingerprint}, {self._kept} logits a row cached"
+        self._dtype = _record(V, self._kept)
+        self._open_shards: dict[str, tuple[Rows, Begins]] = {}
+        self._checksums = self._read()
+
+    def _read(self) -> dict[str, str]:
+        path = self.folder / CACHE_FILE
+        if not path.exists():
+            there = self.folder.iterdir() if self.folder.is_dir() else ()
+            if others := sorted(each.name for each in there if each.name != LOCK_FILE):
+                message = f"is not empty and holds no cache ({', '.join(others[:3])}): choose another --cache"
+                raise InputError(message, file=self.folder)
+            return {}
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            version, key, shards = content["schema_version"], content["key"], dict(content["shards"])
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+            message = f"not a readable cache ({error})"
+            raise InputError(message, file=path) from error
+        if version != SCHEMA_VERSION:
+            message = f"has schema version {version}, this release reads {SCHEMA_VERSION}"
+            raise InputError(message, file=path)
+        if changed := differences(key, self._key):
+            message = f"is a cache of something else ({'; '.join(changed)}): choose another --cache"
+            raise InputError(message, file=self.folder)
+        return shards
+
+    def look_again(self) -> None:
+        """Learns of shards that another process has written.
+
+        Raises:
+            InputError: as at the beginning.
+        """
+        self._checksums = self._read()
+
+    def fill(self, masks: int, *, after_shard: Callable[[int, int], None] = lambda done, of: None) -> int:
+        """Lets the teacher answer for all sequences under the first so many masks, as far as the cache has them not.
+
+        Args:
+            masks: how many; beyond what the task has there are no others.
+            after_shard: called with shards done, and shards in all.
+
+        Returns:
+            How many shards were written.
+
+        Raises:
+            InputError: the disk is full, or another run fills the cache.
+        """
+        shards = -(-len(self._task.corpus) // SHARD_SEQUENCES)
+        wanted = [(mask, shard) for mask in range(min(masks, self._task.masks)) for shard in range(shards)]
+        missing = [each for each in wanted if _name(*each) not in self._checksums]
+        if not missing:
+            return 0
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with lock_folder(self.folder):
+                self._write_list()
+                for done, (mask, shard) in enumerate(missing, start=1):
+                    self._write(mask, shard)
+                    after_shard(len(wanted) - len(missing) + done, len(wanted))
+        except OSError as error:
+            message = (
+                f"the cache cannot be written ({error.strerror}); what is there is kept. A row takes "
+                f"{self._dtype.itemsize} bytes: fewer logits (--cache-top-k) or masks (--mask-epochs) need less"
+            )
+            raise InputError(message, file=self.folder) from error
+        return len(missing)
+
+    def _write(self, mask: int, shard: int) -> None:
+        begin = shard * SHARD_SEQUENCES
+        rows, begins = self._answers(range(begin, min(begin + SHARD_SEQUENCES, len(self._task.corpus))), mask)
+        name = _name(mask, shard)
+        for kind, array in (("rows", rows), ("begins", begins)):
+            write_atomically(self.folder / f"{kind}-{name}.npy", functools.partial(_save, array))
+        self._checksums[name] = _checksum(rows, begins)
+        self._write_list()
+
+    def _write_list(self) -> None:
+        content = {"schema_version": SCHEMA_VERSION, "key": self._key, "shards": self._checksums}
+        text = json.dumps(content, indent=1) + "\n"
+        write_atomically(self.folder / CACHE_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def _answers(self, numbers: range, mask: int) -> tuple[Rows, Begins]:
+        order, offsets = plan_batches(self._task.lengths_B[numbers.start : numbers.stop], _FILL_TOKENS)
+        found: dict[int, Rows] = {}
+        for first, last in pairwise(offsets.tolist()):
+            own = [numbers.start + place for place in order[first:last].tolist()]
+            batch = self._task.batch(own, mask)
+            rows = self._records(self._teacher.rows(batch))
+            parts = np.split(rows, np.cumsum(batch.chosen.counts_B)[:-1])
+            found |= dict(zip(own, parts, strict=True))
+        begins = np.cumsum([0, *(len(found[number]) for number in numbers)], dtype=np.int64)
+        return np.concatenate([found[number] for number in numbers]), begins
+
+    @torch.no_grad()
+    def _records(self, head: Head) -> Rows:
+        records = np.empty(len(head.hidden_ND), dtype=self._dtype)
+        rows = max(1, _CHUNK_NUMBERS // self._vocabulary)
+        for begin in range(0, len(records), rows):
+            own = slice(begin, begin + rows)
+            logits_CV = linear(head.hidden_ND[own], head.weight_VD, head.bias_V).float()
+            log_p_CV = logits_CV.log_softmax(dim=1)
+            kept = {
+                "lse_1": logits_CV.logsumexp(dim=1),
+                "lse_T": (logits_CV / self._temperature).logsumexp(dim=1),
+                "entropy": -(log_p_CV.exp() * log_p_CV).sum(dim=1),
+                "max": logits_CV.amax(dim=1),
+            }
+            if self._kept == self._vocabulary <= SMALL_VOCABULARY:
+                kept["logits"] = logits_CV
+            else:
+                kept["logits"], kept["tokens"] = logits_CV.topk(self._kept, dim=1)
+            for name, tensor in kept.items():
+                records[name][own] = tensor.cpu().numpy()
+        return records
+
+    def rows(self, batch: RowBatch) -> Head | TopKRows:
+        """The answers for a batch: whole logits as a head whose weight is the identity, or the most likely tokens.
+
+        Raises:
+            InputError: they are not there, or damaged.
+        """
+        records = np.concatenate([self._of_sequence(*key) for key in batch.keys])
+        if len(records) != len(batch.labels_N):
+            message = f"holds {len(records)} rows for sequences that have {len(batch.labels_N)}"
+            raise InputError(message, file=self.folder)
+        device = self._teacher.model.device
+        logits_NK = torch.from_numpy(np.ascontiguousarray(records["logits"])).to(device)
+        if "tokens" not in (self._dtype.names or ()):
+            return Head(hidden_ND=logits_NK, weight_VD=torch.eye(self._kept, device=device), bias_V=None)
+        tokens = torch.from_numpy(records["tokens"].astype(np.int64))
+        scalars = (torch.from_numpy(np.ascontiguousarray(records[name])) for name in ("lse_T", "entropy", "max"))
+        return TopKRows(logits_NK, *(tensor.to(device) for tensor in (tokens, *scalars)))
+
+    def _of_sequence(self, number: int, mask: int) -> Rows:
+        rows, begins = self._shard(_name(mask, number // SHARD_SEQUENCES))
+        place = number % SHARD_SEQUENCES
+        return rows[begins[place] : begins[place + 1]]
+
+    def _shard(self, name: str) -> tuple[Rows, Begins]:
+        if name not in self._open_shards:
+            if name not in self._checksums:
+                message = f"has no shard {name}: it was not filled"
+                raise InputError(message, file=self.folder)
+            try:
+                rows = np.load(self.folder / f"rows-{name}.npy", mmap_mode="r")
+                begins = np.load(self.folder / f"begins-{name}.npy")
+            except (OSError, ValueError, EOFError) as error:
+                message = f"shard {name} cannot be read ({error}); delete the folder to fill it anew"
+                raise InputError(message, file=self.folder) from error
+            if _checksum(rows, begins) != self._checksums[name]:
+                message = f"shard {name} is damaged: its checksum is another; delete the folder to fill it anew"
+                raise InputError(message, file=self.folder)
+            self._open_shards[name] = (rows, begins)
+        return self._open_shards[name]
+
+
+def _record(V: int, kept: int) -> np.dtype[Any]:
+    tokens = [] if V <= SMALL_VOCABULARY else [("tokens", "<u2" if V <= 1 << 16 else "<u4", (kept,))]
+    return np.dtype([("logits", "<f4", (kept,)), *tokens, *((name, "<f4") for name in _SCALARS)])
+
+
+_SCALARS = ("lse_1", "lse_T", "entropy", "max")
+
+
+def _name(mask: int, shard: int) -> str:
+    return f"{mask}-{shard:05d}"
+
+
+def _save(array: npt.NDArray[Any], path: Path) -> None:
+    with path.open("wb") as file:
+        np.save(file, array)
+
+
+def _checksum(rows: Rows, begins: Begins) -> str:
+    digest = hashlib.blake2b(np.ascontiguousarray(begins).view(np.uint8).tobytes(), digest_size=16)
+    for first in range(0, len(rows), 1 << 16):
+        digest.update(rows[first : first + (1 << 16)].tobytes())
+    return digest.hexdigest()
