@@ -100,6 +100,11 @@ def test_masks_follow_from_sequence_and_epoch_alone() -> None:
     )
 
 
+def test_another_epoch_shows_another_crop() -> None:
+    task = MaskedTask(toy_encoder(), corpus_of(["ACDEFGHIKLMNPQRSTVWY" * 2]), seed=3)
+    assert len({tuple(task.shown(0, mask)[0].tolist()) for mask in range(12)}) > 4
+
+
 def test_masks_come_again() -> None:
     task = MaskedTask(toy_encoder(), corpus_of(SEQUENCES), seed=3, mask_epochs=2)
     shown = [task.batch([0, 1, 2], epoch) for epoch in range(4)]

@@ -83,6 +83,15 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path, kills: tuple[int,
     ]
 
 
+def test_steps_beyond_the_last_checkpoint_are_logged_once(tmp_path: Path) -> None:
+    with pytest.raises(_Killed):
+        _run(tmp_path / "out", after_step=_killed_at(4))
+    assert not (tmp_path / "out" / "state.pt").exists()
+    _run(tmp_path / "out")
+    lines = (tmp_path / "out" / "log.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in lines] == ["step", *map(str, range(1, 7))]
+
+
 def test_stopping_short_and_going_on_later(tmp_path: Path) -> None:
     """What a caller that judges the model now and then does."""
     whole, trainer = _run(tmp_path / "whole"), _trainer()
