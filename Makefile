@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 # From the repository's root `import kernels` would find this project's folder and not the package of that name.
 export PYTHONSAFEPATH := 1
+# Files of tests run side by side, a process a core, so that each process computes on one thread.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
 
 .PHONY: demo test lint types unit wheel clean
 
@@ -37,15 +39,15 @@ types: $(VENV)/test
 	MYPYPATH=.typecheck $(BIN)/mypy -p protnest
 
 unit: $(VENV)/test
-	$(BIN)/pytest -m 'not slow'
-	TRITON_INTERPRET=1 $(BIN)/pytest -m 'gpu and not slow' tests/kernels
+	$(PYTEST) -m 'not slow'
+	TRITON_INTERPRET=1 $(PYTEST) -m 'gpu and not slow' tests/kernels
 
 # What users install is what was tested: the wheel's contents, and the same suite on the wheel's files.
 wheel: $(VENV)/test
 	rm -rf build dist
 	$(BIN)/python -m build --wheel --outdir dist .
 	$(BIN)/pip install --quiet --no-deps --target build/wheel dist/*.whl
-	PROTNEST_WHEEL=$(CURDIR)/build/wheel PYTHONPATH=$(CURDIR)/build/wheel $(BIN)/pytest -m 'not slow'
+	PROTNEST_WHEEL=$(CURDIR)/build/wheel PYTHONPATH=$(CURDIR)/build/wheel $(PYTEST) -m 'not slow'
 
 clean:
 	rm -rf build dist out .typecheck *.egg-info

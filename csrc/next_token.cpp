@@ -28,6 +28,7 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity(), kLowest = st
 constexpr float kLog2E = 1.44269504088896341f;
 // A sample pays where there is much to leave out.
 constexpr std::int64_t kStride = 64, kWide = 4096;
+constexpr std::int64_t kSummed = 128;
 
 // Room for one row.
 struct Scratch {
@@ -55,7 +56,7 @@ template <int W>
 PROTNEST_INLINE double log_sum_exp(const Row& logits) {
     using L = Lanes<W>;
     const auto size = static_cast<std::int64_t>(logits.size());
-    typename L::Float most = L::all(-kInfinity), total = {};
+    typename L::Float most = L::all(-kInfinity);
     typename L::Int odd = {};
     for (std::int64_t v = 0; v < size; v += W) {
         const typename L::Float some = L::load(logits.data() + v);
@@ -69,12 +70,17 @@ PROTNEST_INLINE double log_sum_exp(const Row& logits) {
         is_odd |= odd[lane];
     }
     if (is_odd != 0 || !std::isfinite(largest)) return std::numeric_limits<double>::quiet_NaN();
-    // What fills the last vector counts 2^-100, which is lost in a sum of at least one.
-    for (std::int64_t v = 0; v < size; v += W) {
-        total += L::template exp2<5>((L::load(logits.data() + v) - largest) * kLog2E);
-    }
+    // What fills the last vector counts 2^-100, which is lost in a sum of at least one. So many vectors at a time are added
+    // up in fp32: over all of 50,257 equal terms it would be off by 2e-5.
     double sum = 0.0;
-    for (int lane = 0; lane < W; ++lane) sum += total[lane];
+    for (std::int64_t begin = 0; begin < size; begin += kSummed * W) {
+        typename L::Float total = {};
+        const std::int64_t end = std::min(size, begin + kSummed * W);
+        for (std::int64_t v = begin; v < end; v += W) {
+            total += L::template exp2<5>((L::load(logits.data() + v) - largest) * kLog2E);
+        }
+        for (int lane = 0; lane < W; ++lane) sum += total[lane];
+    }
     return largest + std::log(sum);
 }
 

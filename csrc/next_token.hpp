@@ -23,7 +23,7 @@ struct NextTokenInput {
     double top_p;        // 1 or more keeps all
 };
 
-// chosen_B from 0 to V - 1; where a row's logits are not finite, or nothing is allowed, it is `end`, with NaN beside it.
+// chosen_B from 0 to V - 1; where a row holds NaN or infinity, or nothing is left, it is `end`, with NaN beside it.
 void next_token(const NextTokenInput& input, Level level, int threads, std::int64_t* chosen_B, double* log_p_B);
 
 }  // namespace protnest

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from .alphabet import TOKENS
 from .atomic import write_atomically
@@ -32,6 +32,7 @@ Tensors = Mapping[str, torch.Tensor]
 SET_ASIDE = re.compile(
     r"(^|\.)inv_freq$|(^|\.)position_ids$|(^|\.)position_embeddings\.weight$|^contact_head\.|^pooler\.|^classifier\."
 )
+_HASHED_ROWS = 1024
 _TIED = "lm_head.decoder.weight"
 _EMBEDDING = "embeddings.word_embeddings.weight"
 
@@ -150,8 +151,11 @@ def tensors_fingerprint(config: Any, tensors: Tensors) -> str:
     names = sorted(tensors)
 
     def digest(name: str) -> bytes:
-        array = tensors[name].detach().to("cpu", torch.float32).contiguous().numpy().astype("<f4", copy=False)
-        return hashlib.blake2b(array.data, digest_size=16).digest()
+        found = hashlib.blake2b(digest_size=16)
+        # In pieces: a tensor that lies otherwise in memory, or is not fp32, is copied for it.
+        for part in torch.split(tensors[name].detach(), _HASHED_ROWS):
+            found.update(part.to("cpu", torch.float32).contiguous().numpy().astype("<f4", copy=False).data)
+        return found.digest()
 
     # hashlib lets go of the interpreter on large buffers, so threads help.
     with ThreadPoolExecutor() as pool:
@@ -172,9 +176,9 @@ def read_checkpoint(folder: Path, *, name: str | None = None) -> tuple[Encoder, 
         InputError: a file is missing or unreadable, or the tensors are not those of the configuration.
     """
     config = config_from_huggingface(read_settings(folder), file=str(folder / "config.json"))
-    tensors, source = read_tensors(folder)
-    canonical, set_aside = canonical_tensors(tensors, source=source)
-    return build_encoder(config, canonical, name=name or folder.name, source=source), set_aside
+    tensors = StoredTensors(folder)
+    canonical, set_aside = canonical_tensors(tensors, source=tensors.source)
+    return build_encoder(config, canonical, name=name or folder.name, source=tensors.source), set_aside
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -186,21 +190,41 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return _read_json(folder / "config.json")
 
 
-def read_tensors(folder: Path) -> tuple[dict[str, torch.Tensor], str]:
-    """The tensors of a folder in Hugging Face layout, whole or in indexed shards, and what messages call their source.
+class StoredTensors(Mapping[str, torch.Tensor]):
+    """The tensors of a folder in Hugging Face layout, whole or in indexed shards, each read when it is asked for.
+
+    A tensor is a view of its file, whose pages count as the process's memory until the tensor is let go of: whoever
+    copies one after the other never holds the file as well as the copies.
+
+    Attributes:
+        source: what messages call it.
 
     Raises:
         InputError: a file is missing or unreadable.
     """
-    files = _weight_files(folder)
-    tensors: dict[str, torch.Tensor] = {}
-    for file in files:
-        try:
-            tensors |= load_file(file)
-        except (SafetensorError, OSError) as error:
-            message = f"not a readable safetensors file ({error})"
-            raise InputError(message, file=file) from error
-    return tensors, str(files[0] if len(files) == 1 else folder)
+
+    def __init__(self, folder: Path) -> None:
+        files = _weight_files(folder)
+        self._files: dict[str, Path] = {}
+        for file in files:
+            try:
+                with safe_open(file, framework="pt") as opened:
+                    self._files |= dict.fromkeys(opened.keys(), file)
+            except (SafetensorError, OSError) as error:
+                message = f"not a readable safetensors file ({error})"
+                raise InputError(message, file=file) from error
+        self.source = str(files[0] if len(files) == 1 else folder)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        with safe_open(self._files[name], framework="pt") as opened:
+            tensor: torch.Tensor = opened.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -116,7 +116,10 @@ class DecodeStep:
         if places <= self.places:
             return
         wanted = min(self.decoder.config.places, max(places, 2 * self.places))
-        self._caches = [cache.grown(wanted) for cache in self._caches]
+        before, self._caches = self._caches, self._empty_caches(wanted)
+        for new, old in zip(self._caches, before, strict=True):
+            for new_SHPK, old_SHPK in zip(new, old, strict=True):
+                new_SHPK[:, :, : old_SHPK.shape[2]] = old_SHPK
         # Graphs hold the caches that are no more.
         self._graphs.clear()
 
@@ -124,6 +127,7 @@ class DecodeStep:
         """Runs what every sequence begins with, but for its last token, which the first step takes."""
         decoder, device, T = self.decoder, self.decoder.device, len(ids) - 1
         self.grow(len(ids))
+        self._seen_SV[self.slots] = False
         self._seen_SV[self.slots, to_device(torch.from_numpy(ids), device)] = True
         if not T:
             return

@@ -7,7 +7,6 @@ Shapes: B sequences, T tokens, D width, H heads, K head width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -25,9 +24,6 @@ from .encoder import LayerNorm, Linear
 from .packing import PackedBatch
 from .transfer import to_device
 from .vocabulary import Vocabulary
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 Attend = Callable[[int, Product], torch.Tensor]
 """What a layer's attention does with its product (N, 3 H K), queries, then keys, then values: (N, H K)."""
@@ -119,16 +115,6 @@ class Decoder(nn.Module):
     def precision(self) -> str:
         """Name of the precision in which the products run."""
         return precision_name(self.product_dtype)
-
-    def turn_matrices(self) -> Self:
-        """Lays its matrices out in memory as (inputs, outputs), as the checkpoint has them; shapes and numbers stay.
-
-        On a CPU products of 1 to 64 rows are so 1.1 to 1.5 times as fast, see benchmarks/README.md.
-        """
-        for name, parameter in self.named_parameters():
-            if parameter.dim() == 2 and not name.startswith("embed_places"):
-                parameter.data = parameter.data.T.contiguous().T
-        return self
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
         """Hidden states of every token after the final LayerNorm: (T, D), fp32 at least.

@@ -55,8 +55,7 @@ def load_model(
         _logger.info("%s: set aside, no part of the model: %s", found.name, ", ".join(set_aside))
     if dtype == torch.int8:
         return quantised(found) if isinstance(found, Encoder) else quantised_decoder(found)
-    found = found.to(device=where, dtype=dtype).requires_grad_(False)
-    return found.turn_matrices() if isinstance(found, Decoder) and where.type == "cpu" else found
+    return found.to(device=where, dtype=dtype).requires_grad_(False)
 
 
 def load_encoder(model: str | Path = DEFAULT_MODEL, *, device: str = "auto", precision: str = "auto") -> Encoder:

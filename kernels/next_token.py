@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from typing import NamedTuple
 
 import torch
@@ -96,7 +97,9 @@ def next_probabilities(
     scores_BV = torch.where(seen_BV, penalised_BV, logits_BV).masked_fill_(forbidden_BV, -torch.inf)
     V = scores_BV.shape[1]
     top_BK, ids_BK = torch.topk(scores_BV, min(filters.top_k or V, V), dim=1)
-    p_BK = torch.softmax(top_BK.double() / filters.temperature, dim=1)
+    # Less the largest first: divided by a temperature that is next to nothing, it would be infinite.
+    below_BK = top_BK.double() - top_BK[:, :1]
+    p_BK = torch.softmax(below_BK / filters.temperature, dim=1)
     if filters.top_p is not None:
         before_BK = p_BK.cumsum(dim=1) - p_BK
         p_BK = p_BK.masked_fill(before_BK >= filters.top_p, 0.0)
@@ -129,8 +132,11 @@ def next_token_reference(
     """`next_token` in torch's operations, on any device."""
     ids_BK, p_BK = next_probabilities(logits_BV, seen_SV[slots_B], limits.forbidden(), filters)
     chosen_B = choose(ids_BK, p_BK, uniform_B)
+    total_B = logits_BV.logsumexp(dim=1).double()
     picked_B = logits_BV.gather(1, chosen_B[:, None])[:, 0].double()
-    return chosen_B, picked_B - logits_BV.logsumexp(dim=1).double()
+    # Less an infinite total a number is infinite, too; and where nothing is left, shares are no numbers.
+    has_choice_B = total_B.isfinite() & p_BK[:, 0].isfinite()
+    return chosen_B, torch.where(has_choice_B, picked_B - total_B, torch.nan)
 
 
 def _choose_in_cpp(
@@ -198,6 +204,25 @@ def _check(
         raise ValueError(message)
 
 
+def _check_filters(filters: Filters) -> None:
+    temperature, top_k, top_p, penalty = filters
+    right = 0 < temperature < math.inf and 0 < penalty < math.inf
+    right = right and (top_k is None or top_k >= 1) and (top_p is None or 0 < top_p <= 1)
+    if not right:
+        message = (
+            f"filters are {filters}, expected a temperature and a penalty above 0 and finite, top_k of at least 1 "
+            "and top_p above 0 and at most 1"
+        )
+        raise ValueError(message)
+
+
+def _check_slots(slots_B: torch.Tensor, S: int) -> None:
+    for b, slot in enumerate(slots_B.tolist()):
+        if not 0 <= slot < S:
+            message = f"sequence {b}: slot {slot}, but there are {S}"
+            raise ValueError(message)
+
+
 def next_token(
     logits: torch.Tensor | Product,
     seen_SV: torch.Tensor,
@@ -219,14 +244,16 @@ def next_token(
         filters: what is done to the logits.
         impl: "auto", "torch" or "cpu"; a named one runs or raises.
 
-    All tensors are on one device.
+    All tensors are on one device. On a GPU slots stay there unread: wrong ones are not noticed.
 
     Returns:
         int64 (B,), the chosen ids, and float64 (B,), their log probabilities in nats under the logits as they are; NaN
-        where a sequence's logits are not finite, and then any token stands for the choice.
+        where a sequence's logits hold NaN or infinity, or all that it may choose from is minus infinity, and then any
+        token stands for the choice.
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree, there is no such slot, or `impl` is unknown.
+        ValueError: shapes, dtypes or devices disagree, there is no such slot, a filter is outside its range, or `impl`
+            is unknown.
         RuntimeError: the named implementation cannot run on these tensors.
     """
     if impl not in IMPLS:
@@ -235,6 +262,7 @@ def next_token(
     if isinstance(logits, torch.Tensor):
         logits = Product(logits)
     _check(logits, seen_SV, slots_B, limits, uniform_B)
+    _check_filters(filters)
     reason = None if impl == "torch" else why_not_cpu(logits)
     if impl == "cpu" and reason is not None:
         message = f"impl='cpu' cannot run here: {reason}"
@@ -242,5 +270,7 @@ def next_token(
     if impl == "auto":
         _log_choice("cpu" if reason is None else "torch", reason)
     if impl == "torch" or reason is not None:
+        if slots_B.device.type == "cpu":  # C++ checks them itself, and on a GPU nobody waits for them
+            _check_slots(slots_B, len(seen_SV))
         return next_token_reference(logits.numbers(), seen_SV, slots_B, limits, uniform_B, filters)
     return _choose_in_cpp(logits, seen_SV, slots_B, limits, uniform_B, filters)

@@ -44,9 +44,9 @@ from protnest.benchmarks.generate_memory import MemoryTask, MemoryUse, measure_m
 from protnest.benchmarks.generate_problems import Problem, random_decoder, stand_in_vocabulary
 from protnest.benchmarks.parity import ParityError
 from protnest.benchmarks.published_generation import PUBLISHED_RATES, hours_for, published_rows
+from protnest.engine.decode_step import DecodeStep, Turn
 from protnest.engine.decoder import Decoder, pack_ids
 from protnest.engine.decoder_config import DECODER_SHAPES
-from protnest.engine.generation import Generator
 from typer.testing import CliRunner
 
 from support.generating import GENERATED, tiny_generation
@@ -251,15 +251,15 @@ def test_another_generated_sequence_is_seen(
     theirs: TransformersModel, ours: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Steps over the cache that err where the packed pass is right: the second token takes the first one's place."""
-    real = Generator._step
+    real = DecodeStep.run
 
-    def late(self: Generator, running: list[Any], caches: Any) -> Any:
-        caches = real(self, running, caches)
-        if len(running[0].ids) == 5:
-            running[0].ids[-1] = 100
-        return caches
+    def late(self: DecodeStep, turns: Sequence[Turn]) -> tuple[list[int], list[float]]:
+        chosen, nats = real(self, turns)
+        if turns[0].length == 3:
+            chosen[0] = 100
+        return chosen, nats
 
-    monkeypatch.setattr(Generator, "_step", late)
+    monkeypatch.setattr(DecodeStep, "run", late)
     with pytest.raises(ParityError, match="ours fp32: the likeliest tokens spell"):
         check_decoder(ours, theirs)
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from protnest.engine.decoder import Decoder, pack_ids
+from protnest.engine.decoder_checkpoint import read_decoder, save_decoder
 from protnest.engine.errors import InputError
 from protnest.engine.models import load_decoder
 from protnest.engine.quantise_decoder import QuantisedDecoder, quantised_decoder
@@ -177,6 +178,61 @@ def test_the_head_follows_the_embedding(decoder: Decoder) -> None:
     with torch.no_grad():
         narrow.embed_tokens.weight.mul_(2)
     torch.testing.assert_close(narrow.logits(hidden_ND), 2 * before_NV)
+
+
+# Turned matrices
+
+
+def _straight(decoder: Decoder) -> Decoder:
+    """The same decoder as it would be made from nothing."""
+    straight = copy.deepcopy(decoder)
+    for parameter in straight.parameters():
+        parameter.data = parameter.data.contiguous()
+    return straight
+
+
+def test_checkpoints_are_read_turned(decoder: Decoder) -> None:
+    for name, own in decoder.named_parameters():
+        lies_turned = own.dim() == 2 and name != "embed_places.weight"
+        assert own.is_contiguous() != lies_turned, name
+        assert not lies_turned or own.T.is_contiguous(), name
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_turned_matrices_give_the_same_states(decoder: Decoder, precision: str) -> None:
+    """Up to the order in which a product adds up."""
+    turned, straight, allowed = copy.deepcopy(decoder), _straight(decoder), 1e-5
+    if precision == "bf16":
+        turned, straight, allowed = turned.to(torch.bfloat16), straight.to(torch.bfloat16), 0.02
+    ids = _ids(decoder)
+    wanted_TV, found_TV = _logits(straight, ids), _logits(turned, ids)
+    assert found_TV.dtype == torch.float32
+    assert float((found_TV - wanted_TV).norm() / wanted_TV.norm()) < allowed
+
+
+def test_turned_matrices_are_saved_as_ever(decoder: Decoder, tmp_path: Path) -> None:
+    save_decoder(_straight(decoder), tmp_path / "straight")
+    save_decoder(decoder, tmp_path / "turned")
+    for path in (tmp_path / "straight").iterdir():
+        assert path.read_bytes() == (tmp_path / "turned" / path.name).read_bytes(), path.name
+    assert read_decoder(tmp_path / "turned")[0].fingerprint == decoder.fingerprint
+
+
+def test_turned_matrices_are_quantised_as_ever(decoder: Decoder) -> None:
+    own, given = (quantised_decoder(each) for each in (decoder, _straight(decoder)))
+    ids = _ids(decoder)
+    wanted_TV, found_TV = _logits(given, ids), _logits(own, ids)
+    # What is rounded was computed in another order.
+    assert float((found_TV - wanted_TV).norm() / wanted_TV.norm()) < 5e-3
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_the_heads_product_is_the_logits(pair: tuple[Any, Decoder, Path], precision: str) -> None:
+    ours = load_decoder(pair[2], device="cpu", precision=precision)
+    hidden_ND = torch.randn(3, ours.dim, generator=torch.Generator().manual_seed(0))
+    product = ours.head_product(hidden_ND)
+    assert (product.scales is not None) == (precision == "int8")
+    torch.testing.assert_close(product.numbers(), ours.logits(hidden_ND), rtol=1e-5, atol=1e-5)
 
 
 # Lower precisions

@@ -145,6 +145,18 @@ def test_sequences_come_in_order_as_soon_as_they_can(decoder: Decoder) -> None:
     assert set(steps[:-8]) == {2}, "slots are taken as they become free"
 
 
+def test_logits_that_are_no_numbers(decoder: Decoder) -> None:
+    """A place whose embedding is NaN: the token that stands there is the last one that can be chosen."""
+    broken = Decoder(CONFIG, ResidueVocabulary(), name="broken")
+    broken.load_state_dict(decoder.state_dict())
+    with torch.no_grad():
+        broken.embed_places.weight[7] = torch.nan
+    given: dict[str, Any] = {"min_residues": 20, "prompt": "MK", "batch": 2}
+    message = "broken gives logits that are no numbers at token 8 of sequence 3, in fp32"
+    with pytest.raises(InputError, match=message):
+        _run(broken.eval().requires_grad_(False), 2, first=3, **given)
+
+
 def test_nothing_is_asked_for(decoder: Decoder) -> None:
     assert _run(decoder, 0) == []
 

@@ -112,6 +112,28 @@ def test_residues_and_plain_token_by_token(tokenizer: Any) -> None:
     assert residues_V.max() > 1
 
 
+def _check_letters(vocabulary: Vocabulary) -> None:
+    letters_V = vocabulary.letters_V
+    assert (letters_V.dtype, letters_V.shape) == (np.int64, (vocabulary.size,))
+    assert letters_V.tolist() == [len(vocabulary.decode(np.array([token]))) for token in range(vocabulary.size)]
+    assert bool((letters_V >= vocabulary.residues_V).all())
+    assert letters_V[vocabulary.end] == letters_V[vocabulary.start] == 0
+
+
+def test_letters_are_those_of_decode(tokenizer: Any) -> None:
+    """Letters that are no residues are counted, line breaks are not."""
+    vocabulary = BytePairVocabulary(tokenizer)
+    _check_letters(vocabulary)
+    assert vocabulary.letters_V[tokenizer.token_to_id("Ċ")] == 0
+    assert vocabulary.letters_V[tokenizer.token_to_id("a")] == 1
+    assert vocabulary.residues_V[tokenizer.token_to_id("a")] == 0
+
+
+def test_letters_of_residues() -> None:
+    _check_letters(ResidueVocabulary())
+    assert ResidueVocabulary().letters_V.tolist() == [int(token in RESIDUES) for token in TOKENS]
+
+
 def test_no_letter_is_lost_or_added(tokenizer: Any) -> None:
     """Every letter of the alphabet has tokens, the rare ones too."""
     vocabulary = BytePairVocabulary(tokenizer)
