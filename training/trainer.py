@@ -35,6 +35,10 @@ PRECISIONS = ("fp32", "bf16")
 _NAMED_SEQUENCES = 8
 
 
+class NotFiniteError(InputError):
+    """The loss or the gradient of a step is not finite: the data can be used, the settings cannot."""
+
+
 @dataclass(frozen=True, eq=False)
 class Loss:
     """The loss of one forward pass.
@@ -218,8 +222,8 @@ class Trainer:
             after_step: called after each step. What it raises ends the run between two steps.
 
         Raises:
-            InputError: loss or gradient is not finite; step and sequences are named. The weights are those before that
-                step.
+            NotFiniteError: loss or gradient is not finite; step and sequences are named. The weights are those before
+                that step.
         """
         last = self.config.steps if until is None else min(until, self.config.steps)
         walk = self.order.walk(self.position)
@@ -253,7 +257,8 @@ class Trainer:
             if not math.isfinite(value):
                 broken = [portion for portion, loss in zip(portions, losses, strict=True) if not loss.isfinite()]
                 problem = f"the {name} is {value}"
-                raise self._refusal(problem, broken or portions)
+                refusal = self._refusal(problem, broken or portions)
+                raise NotFiniteError(refusal.problem)
         self.optimiser.step()
         tokens = sum(int(self.task.lengths_B[portion.index_B].sum()) for portion in portions)
         return StepReport(
