@@ -14,7 +14,7 @@ NO_TEACHER = "none"
 _STEPS, _SEEDS = 1000, 3
 _LEARNING_RATE = 1e-3
 _QUICK_STEPS, _QUICK_TOKENS, _QUICK_HELD_OUT = 60, 2048, 100
-_QUICK_GRID_STEPS, _QUICK_GRID_TOKENS = 20, 1024
+_QUICK_GRID_STEPS, _QUICK_GRID_TOKENS = 15, 1024
 
 
 def distill(
@@ -107,7 +107,7 @@ def distill(
         bool,
         typer.Option(
             "--quick",
-            help="60 steps of 2,048 tokens, judged on 100 proteins: whether all of it works. A grid: 20 of 1,024, and "
+            help="60 steps of 2,048 tokens, judged on 100 proteins: whether all of it works. A grid: 15 of 1,024, and "
             "at most two seeds.",
         ),
     ] = False,

@@ -139,7 +139,7 @@ class _Grid:
         for varied in ("learning_rate", "warmup_steps", "uncertainty", "smooth", "weight_normalization"):
             del shared[varied]
         text = "\n".join((*self._train.sequences, "", *held_out.sequences))
-        self.settings = {
+        settings = {
             "grid": config.kind,
             "teacher": model_fingerprint(taught_by),
             "data": hashlib.blake2b(text.encode(), digest_size=16).hexdigest(),
@@ -148,6 +148,8 @@ class _Grid:
             "mask_epochs": self._mask_epochs(),
             "cached": cache is not None,
         }
+        # As they come back from a file: a tuple is a list there.
+        self.settings: dict[str, Any] = json.loads(json.dumps(settings))
         self.growing = {
             "students": list(config.students),
             "learning_rates": list(config.learning_rates),
@@ -288,7 +290,7 @@ def _check_plan(path: Path, settings: dict[str, Any], growing: dict[str, Any]) -
     if version != SCHEMA_VERSION:
         message = f"has schema version {version}, this release reads {SCHEMA_VERSION}"
         raise InputError(message, file=path)
-    changed = differences(there, json.loads(json.dumps(settings)))
+    changed = differences(there, settings)
     for name, now in growing.items():
         before = grown[name]
         shrunk = now < before if isinstance(now, int) else not set(before) <= set(now)

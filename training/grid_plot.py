@@ -51,7 +51,7 @@ def _draw_synergy(axes: Any, found: dict[str, Any]) -> None:
     axes.axvline(0, color="0.5", linewidth=1, linestyle="--")
     axes.set_yticks(range(len(shown)), [name for name, _ in shown])
     axes.set_ylim(max(1, len(shown)) - 0.5, -0.5)
-    axes.set(xlabel="synergy, nats a residue, 95 %; below 0: they help each other", title="both beyond the sum of each")
+    axes.set(xlabel="nats a residue, 95 %; below 0: they help", title="synergy")
 
 
 def draw_grid(path: Path, report: dict[str, Any]) -> None:

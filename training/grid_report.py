@@ -71,7 +71,7 @@ class CellScores:
 
 
 def t_quantile(freedom: int) -> float:
-    """Quantile 0.975 of Student's t: from a table up to 10 degrees of freedom, then to four decimals.
+    """Quantile 0.975 of Student's t: from a table up to 10 degrees of freedom, beyond that to 0.0002.
 
     Source of the expansion: Abramowitz and Stegun, 26.7.5.
     """

@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from ..engine.errors import InputError
+from ..kernels.kd_rows import NotFiniteLogitsError
 from .distributed import ALONE, Processes
 from .order import BatchOrder, Index, Portion, Position
 from .schedule import SCHEDULES, learning_rate_at
@@ -36,7 +37,7 @@ _NAMED_SEQUENCES = 8
 
 
 class NotFiniteError(InputError):
-    """The loss or the gradient of a step is not finite: the data can be used, the settings cannot."""
+    """What the model says, the loss, or the gradient is not finite: the settings cannot be used, the data can."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -276,7 +277,10 @@ class Trainer:
             try:
                 return self.task.loss(portion)
             except ValueError as error:
-                raise self._refusal(str(error), [portion]) from error
+                refusal = self._refusal(str(error), [portion])
+                if isinstance(error, NotFiniteLogitsError) and error.logits == "student_logits":
+                    refusal = NotFiniteError(refusal.problem)
+                raise refusal from error
 
     @contextlib.contextmanager
     def _drawing(self, portion: Portion) -> Iterator[None]:
