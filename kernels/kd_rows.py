@@ -137,7 +137,20 @@ def sum_rows(results: RowResults, scales: torch.Tensor, temperature: float) -> t
     return temperature * scales[0] * (weight_N * results.soft_loss_N).sum() + scales[1] * results.hard_loss_N.sum()
 
 
-def not_finite(name: str, place: int, row_numbers: torch.Tensor | None) -> ValueError:
+class NotFiniteLogitsError(ValueError):
+    """A row of logits holds NaN or an infinity.
+
+    Args:
+        message: which row.
+        logits: whose: "student_logits" or "teacher_logits".
+    """
+
+    def __init__(self, message: str, logits: str) -> None:
+        super().__init__(message)
+        self.logits = logits
+
+
+def not_finite(name: str, place: int, row_numbers: torch.Tensor | None) -> NotFiniteLogitsError:
     """The error that says which row of which logits holds NaN or an infinity.
 
     Args:
@@ -146,4 +159,4 @@ def not_finite(name: str, place: int, row_numbers: torch.Tensor | None) -> Value
         row_numbers: what the caller calls these rows, (N,); None where they are all there are.
     """
     row = place if row_numbers is None else int(row_numbers[place])
-    return ValueError(f"{name}[{row}] holds NaN or an infinity, expected finite numbers")
+    return NotFiniteLogitsError(f"{name}[{row}] holds NaN or an infinity, expected finite numbers", name)

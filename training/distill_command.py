@@ -11,8 +11,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 NO_TEACHER = "none"
-_STEPS = 1000
+_STEPS, _SEEDS = 1000, 3
+_LEARNING_RATE = 1e-3
 _QUICK_STEPS, _QUICK_TOKENS, _QUICK_HELD_OUT = 60, 2048, 100
+_QUICK_GRID_STEPS, _QUICK_GRID_TOKENS = 15, 1024
 
 
 def distill(
@@ -45,8 +47,11 @@ def distill(
     alpha: Annotated[float, typer.Option(help="Share of the labels' loss.", min=0, max=1)] = 0.5,
     smoothing: Annotated[float, typer.Option(help="Most that smoothing takes from a target.", min=0, max=1)] = 0.1,
     weight_normalization: Annotated[
-        Literal["count", "weight"],
-        typer.Option(help="Divide the soft loss by its rows, as published, or by the sum of their weights."),
+        str,
+        typer.Option(
+            help="`count`: divide the soft loss by its rows, as published; `weight`: by the sum of their weights. "
+            "A grid takes both: count,weight."
+        ),
     ] = "count",
     rows: Annotated[
         Literal["masked", "all"], typer.Option(help="An encoder learns from its teacher at these residues.")
@@ -55,7 +60,7 @@ def distill(
     epochs: Annotated[int | None, typer.Option(help="Instead: passes over the data.", min=1)] = None,
     batch_tokens: Annotated[int, typer.Option(help="Most tokens in a forward pass.", min=16)] = 4096,
     accumulate: Annotated[int, typer.Option(help="Forward passes that make one step.", min=1)] = 1,
-    learning_rate: Annotated[float, typer.Option(help="Its peak.", min=1e-9)] = 1e-3,
+    learning_rate: Annotated[float | None, typer.Option(help="Its peak.", min=1e-9, show_default="0.001")] = None,
     warmup: Annotated[int | None, typer.Option(help="Steps until the peak.", min=0, show_default="5 %")] = None,
     schedule: Annotated[
         Literal["linear", "cosine", "constant"], typer.Option(help="How the learning rate falls after that.")
@@ -85,12 +90,30 @@ def distill(
     shard: Annotated[
         Literal["ddp", "fsdp2"], typer.Option(help="Under torchrun: weights on each GPU whole, or in shares.")
     ] = "ddp",
+    grid: Annotated[
+        Literal["2x2"] | None,
+        typer.Option(help="Instead of one student: with and without each regulariser, and labels alone, into --out."),
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(help="Of a grid: students at each cell's best.", min=1)] = None,
+    lrs: Annotated[str | None, typer.Option(help="Of a grid: learning rates that each cell tries: a,b,c.")] = None,
+    warmups: Annotated[
+        str | None, typer.Option(help="Of a grid: warm-ups, each with each rate.", show_default="--warmup")
+    ] = None,
+    students: Annotated[
+        str | None, typer.Option(help="Of a grid: several sizes, joined by commas.", show_default="--student")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Of a grid: a picture, .png, .svg or .pdf.")] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="60 steps of 2,048 tokens, judged on 100 proteins: whether all of it works.")
+        bool,
+        typer.Option(
+            "--quick",
+            help="60 steps of 2,048 tokens, judged on 100 proteins: whether all of it works. A grid: 15 of 1,024, and "
+            "at most two seeds.",
+        ),
     ] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print the report as JSON on standard output.")] = False,
 ) -> None:
-    """Train a student from a teacher, an encoder or a decoder, or from labels alone."""
+    """Train a student from a teacher, an encoder or a decoder, or from labels alone; or a whole grid of them."""
     import json
 
     from rich.console import Console
@@ -101,6 +124,8 @@ def distill(
     from .distillation import Callbacks, DistillConfig
     from .distillation import distill as run
     from .distributed import joined_processes, own_device
+    from .grid import PLAN_FILE
+    from .grid_command import GridOptions, run_grid_command
     from .trainer import TrainerConfig
     from .training_folder import RUN_FILE
     from .training_progress import TrainingProgress
@@ -111,7 +136,22 @@ def distill(
     if resume and overwrite:
         message = "--resume and --overwrite exclude each other"
         raise typer.BadParameter(message)
-    if resume and not (out / RUN_FILE).exists():
+    of_grid = {"--seeds": seeds, "--lrs": lrs, "--warmups": warmups, "--students": students, "--plot": plot}
+    of_run = {
+        "--learning-rate": learning_rate is not None,
+        "--no-uncertainty": no_uncertainty,
+        "--no-smoothing": no_smoothing,
+        "--overwrite": overwrite,
+    }
+    for name, given in of_grid.items():
+        if grid is None and given is not None:
+            message = f"{name} goes with --grid"
+            raise typer.BadParameter(message)
+    for name, is_given in of_run.items():
+        if grid is not None and is_given:
+            message = f"{name} does not go with --grid, which decides that for each run"
+            raise typer.BadParameter(message)
+    if resume and not (out / (RUN_FILE if grid is None else PLAN_FILE)).exists():
         message = "holds no run to go on with"
         raise InputError(message, file=out)
     resolved = own_device(resolve_device(device))
@@ -119,13 +159,17 @@ def distill(
         chosen = precision_name(resolve_precision("auto", resolved))
     else:
         chosen = precision
-    taken = steps or (_QUICK_STEPS if quick else _STEPS)
+    quick_steps, quick_tokens = (
+        (_QUICK_STEPS, _QUICK_TOKENS) if grid is None else (_QUICK_GRID_STEPS, _QUICK_GRID_TOKENS)
+    )
+    taken = steps or (quick_steps if quick else _STEPS)
+    warmup_steps = taken // 20 if warmup is None else warmup
     trainer = TrainerConfig(
         steps=taken,
-        batch_tokens=min(batch_tokens, _QUICK_TOKENS) if quick else batch_tokens,
+        batch_tokens=min(batch_tokens, quick_tokens) if quick else batch_tokens,
         accumulate=accumulate,
-        learning_rate=learning_rate,
-        warmup_steps=taken // 20 if warmup is None else warmup,
+        learning_rate=_LEARNING_RATE if learning_rate is None else learning_rate,
+        warmup_steps=warmup_steps,
         schedule=schedule,
         weight_decay=weight_decay,
         seed=seed,
@@ -138,7 +182,7 @@ def distill(
             smoothing=smoothing,
             uncertainty=not no_uncertainty,
             smooth=not no_smoothing,
-            weight_normalization=weight_normalization,
+            weight_normalization=weight_normalization if grid is None else "count",
         )
     except ValueError as error:
         raise InputError(str(error)) from error
@@ -154,6 +198,28 @@ def distill(
         cache_top_k=cache_top_k,
         held_out=min(held_out, _QUICK_HELD_OUT) if quick else held_out,
     )
+    if grid is not None:
+        run_grid_command(
+            GridOptions(
+                kind=grid,
+                students=student if students is None else students,
+                learning_rates=lrs,
+                warmups=str(warmup_steps) if warmups is None else warmups,
+                weight_normalizations=weight_normalization,
+                seeds=_SEEDS if seeds is None else seeds,
+                plot=plot,
+                quick=quick,
+            ),
+            config,
+            teacher=None if teacher == NO_TEACHER else teacher,
+            data=data,
+            out=out,
+            device=str(resolved),
+            cache=cache,
+            save_every_s=save_every,
+            json_output=json_output,
+        )
+        return
     console = Console(stderr=True, soft_wrap=True)
     with joined_processes(resolved, shard) as processes, TrainingProgress(console, student) as progress:
         report = run(

@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from ..engine.errors import InputError
+from ..kernels.kd_rows import NotFiniteLogitsError
 from .distributed import ALONE, Processes
 from .order import BatchOrder, Index, Portion, Position
 from .schedule import SCHEDULES, learning_rate_at
@@ -33,6 +34,10 @@ from .streams import LARGEST_SEED, Stream, torch_seed
 
 PRECISIONS = ("fp32", "bf16")
 _NAMED_SEQUENCES = 8
+
+
+class NotFiniteError(InputError):
+    """What the model says, the loss, or the gradient is not finite: the settings cannot be used, the data can."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,8 +223,8 @@ class Trainer:
             after_step: called after each step. What it raises ends the run between two steps.
 
         Raises:
-            InputError: loss or gradient is not finite; step and sequences are named. The weights are those before that
-                step.
+            NotFiniteError: loss or gradient is not finite; step and sequences are named. The weights are those before
+                that step.
         """
         last = self.config.steps if until is None else min(until, self.config.steps)
         walk = self.order.walk(self.position)
@@ -253,7 +258,8 @@ class Trainer:
             if not math.isfinite(value):
                 broken = [portion for portion, loss in zip(portions, losses, strict=True) if not loss.isfinite()]
                 problem = f"the {name} is {value}"
-                raise self._refusal(problem, broken or portions)
+                refusal = self._refusal(problem, broken or portions)
+                raise NotFiniteError(refusal.problem)
         self.optimiser.step()
         tokens = sum(int(self.task.lengths_B[portion.index_B].sum()) for portion in portions)
         return StepReport(
@@ -271,7 +277,10 @@ class Trainer:
             try:
                 return self.task.loss(portion)
             except ValueError as error:
-                raise self._refusal(str(error), [portion]) from error
+                refusal = self._refusal(str(error), [portion])
+                if isinstance(error, NotFiniteLogitsError) and error.logits == "student_logits":
+                    refusal = NotFiniteError(refusal.problem)
+                raise refusal from error
 
     @contextlib.contextmanager
     def _drawing(self, portion: Portion) -> Iterator[None]:
