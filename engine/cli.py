@@ -22,6 +22,7 @@ from typer.core import TyperGroup
 from .allocator import keep_memory
 from .cpus import limit_threads
 from .errors import InputError
+from .export_command import export, print_facts
 from .generate_command import generate
 from .score_command import score
 
@@ -316,6 +317,9 @@ def import_chain(
 
 @app.command()
 def info(
+    file: Annotated[
+        Path | None, typer.Argument(help="Instead: what an exported file says of itself.", metavar="[FILE]")
+    ] = None,
     fits: Annotated[
         str | None,
         typer.Option(help="Instead: which models, lengths and batches fit into so much memory, as 8GB or 7.5GiB."),
@@ -330,7 +334,13 @@ def info(
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="With --fits: whose memory it is.")] = "cuda",
     json_output: Json = False,
 ) -> None:
-    """Say what runs on this machine, and why; or what fits into a memory."""
+    """Say what runs on this machine, and why; or what fits into a memory, or what an exported file holds."""
+    if file is not None:
+        from .onnx_model import read_facts
+
+        held = read_facts(file)
+        typer.echo(json.dumps(held)) if json_output else print_facts(held)
+        return
     if fits is not None:
         _print_fits(fits, model, precision, length, device, json_output)
         return
@@ -384,6 +394,7 @@ def _print_fits(
 
 app.command()(score)
 app.command()(generate)
+app.command()(export)
 
 
 def main() -> None:

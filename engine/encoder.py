@@ -28,7 +28,7 @@ from .device import precision_name
 from .packing import ChosenRows, PackedBatch, pack
 
 # Share of tokens that were masked in ESM-2's training: 15 % chosen, 80 % of these shown as <mask>.
-_TRAINED_MASK_RATIO = 0.15 * 0.8
+TRAINED_MASK_RATIO = 0.15 * 0.8
 
 
 @dataclass(frozen=True, eq=False)
@@ -326,7 +326,7 @@ class Encoder(nn.Module):
         lengths = (ends - begins).clamp(min=1)
         # Counts divide to fp32 unless they are fp64 first, and 1 - r loses digits where nearly all is masked.
         ratio_B = (masks_before[ends] - masks_before[begins]).to(torch.float64) / lengths
-        scale_B = (1 - _TRAINED_MASK_RATIO) / (1 - ratio_B)
+        scale_B = (1 - TRAINED_MASK_RATIO) / (1 - ratio_B)
         scale_T = scale_B.repeat_interleave(ends - begins, output_size=x_TD.shape[0])
         return x_TD * scale_T.masked_fill(masked_T, 0.0).to(x_TD.dtype)[:, None]
 

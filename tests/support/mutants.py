@@ -156,7 +156,7 @@ ENCODER_MUTANTS: dict[str, Mutant] = {
     "scale left out, masks zeroed": _embedding(_unscaled),
     "scale over the whole batch": _embedding(_scaled_by_batch),
     "scale only where something is masked": _embedding(_scaled_only_where_masked),
-    "trained mask ratio left out of the scale": _in_module("_TRAINED_MASK_RATIO", 0.0),
+    "trained mask ratio left out of the scale": _in_module("TRAINED_MASK_RATIO", 0.0),
     "bos not counted in the ratio": _embedding(_scaled_without_bos),
     "bos and eos not counted in the ratio": _embedding(_scaled_without_specials),
     "masked rows not zeroed": _embedding(_masked_rows_kept),

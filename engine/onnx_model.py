@@ -1,0 +1,149 @@
+"""An exported ONNX file at work: what it says of itself, and proteins through ONNX Runtime.
+
+Shapes: B proteins, L tokens of the longest, D width of an output.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .alphabet import BOS_ID, EOS_ID, PAD_ID, RESIDUE_TABLE
+from .errors import InputError
+from .fasta import clean_sequence
+from .onnx_export import INPUT, SCHEMA_VERSION, require
+from .packing import refuse_one_string
+
+Floats = npt.NDArray[np.float32]
+
+
+def read_facts(path: str | Path) -> dict[str, Any]:
+    """What an exported file says of itself: models, chain, precision, outputs, limits, versions.
+
+    Raises:
+        InputError: the file is missing, no ONNX, no export of this package, or of a schema version that this release
+            does not know; or the package onnx is missing.
+    """
+    require("onnx")
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except FileNotFoundError as error:
+        message = "no such file; `protnest export` writes one"
+        raise InputError(message, file=path) from error
+    except (DecodeError, OSError) as error:
+        message = f"not a readable ONNX file ({error})"
+        raise InputError(message, file=path) from error
+    props = {each.key: each.value for each in model.metadata_props}
+    if "protnest" not in props:
+        message = "is no export of protnest: its metadata lack `protnest`"
+        raise InputError(message, file=path)
+    if props.get("schema_version") != str(SCHEMA_VERSION):
+        message = f"has schema version {props.get('schema_version')}, this release reads {SCHEMA_VERSION}"
+        raise InputError(message, file=path)
+    try:
+        facts: dict[str, Any] = {"schema_version": SCHEMA_VERSION, **json.loads(props["protnest"])}
+    except ValueError as error:
+        message = f"has damaged metadata ({error})"
+        raise InputError(message, file=path) from error
+    return facts
+
+
+class OnnxModel:
+    """An exported file, run by ONNX Runtime on the CPU.
+
+    Args:
+        path: the file; its `.data` file, where it has one, lies beside it.
+        threads: of one operation; by default as ONNX Runtime chooses.
+
+    Attributes:
+        facts: see `read_facts`.
+        outputs: names of what it gives.
+        max_residues: the longest protein.
+
+    Raises:
+        InputError: see `read_facts`; the runtime does not take the file, or the package onnxruntime is missing.
+    """
+
+    def __init__(self, path: str | Path, *, threads: int | None = None) -> None:
+        require("onnxruntime")
+        self.path = Path(path)
+        self.facts = read_facts(path)
+        self.outputs: tuple[str, ...] = tuple(self.facts["outputs"])
+        self.max_residues: int = self.facts["limits"]["max_residues"]
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        try:
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # Its errors share no narrower class.
+            message = f"ONNX Runtime does not take it ({str(error).splitlines()[0]})"
+            raise InputError(message, file=path) from error
+
+    def run(self, sequences: Sequence[str], outputs: Sequence[str] | None = None) -> dict[str, Floats | list[Floats]]:
+        """Runs proteins as one padded batch.
+
+        Args:
+            sequences: B strings; lower case, spaces and a final `*` are accepted.
+            outputs: of `self.outputs`; all of them by default.
+
+        Returns:
+            By output: float32 (B, D) of "mean" and "nested"; of "residue" and "logits" a list of float32 (L, D), rows
+            of residues only.
+
+        Raises:
+            TypeError: `sequences` is a plain string.
+            InputError: an output is not in the file; a sequence is empty, too long, or holds a letter outside the
+                alphabet.
+        """
+        refuse_one_string(sequences)
+        wanted = self.outputs if outputs is None else tuple(outputs)
+        if unknown := [name for name in wanted if name not in self.outputs]:
+            message = f"output {unknown[0]!r} is not in the file; it gives {', '.join(self.outputs)}"
+            raise InputError(message, file=self.path)
+        cleaned = [self._clean(row, sequence) for row, sequence in enumerate(sequences)]
+        if not cleaned:
+            return {name: self._nothing(name) for name in wanted}
+        found = self._session.run(list(wanted), {INPUT: pad_tokens(cleaned)})
+        return {
+            name: value if value.ndim == 2 else _residues(value, cleaned)
+            for name, value in zip(wanted, found, strict=True)
+        }
+
+    def _clean(self, row: int, sequence: str) -> str:
+        try:
+            cleaned = clean_sequence(sequence)
+        except InputError as error:
+            message = f"sequence {row}: {error.problem}"
+            raise InputError(message) from error
+        if len(cleaned) > self.max_residues:
+            message = f"sequence {row}: {len(cleaned)} residues, but {self.path.name} takes at most {self.max_residues}"
+            raise InputError(message)
+        return cleaned
+
+    def _nothing(self, name: str) -> Floats | list[Floats]:
+        axes = self.facts["outputs"][name]
+        return np.zeros((0, axes[-1]), dtype=np.float32) if len(axes) == 2 else []
+
+
+def pad_tokens(sequences: Sequence[str]) -> npt.NDArray[np.int64]:
+    """int64 (B, L): each row `<cls>`, the residues, `<eos>`, then `<pad>`; of letters of the alphabet only."""
+    tokens_BL = np.full((len(sequences), max(map(len, sequences)) + 2), PAD_ID, dtype=np.int64)
+    tokens_BL[:, 0] = BOS_ID
+    for row_L, sequence in zip(tokens_BL, sequences, strict=True):
+        row_L[1 : len(sequence) + 1] = RESIDUE_TABLE[np.frombuffer(sequence.encode("ascii"), dtype=np.uint8)]
+        row_L[len(sequence) + 1] = EOS_ID
+    return tokens_BL
+
+
+def _residues(value_BLD: Floats, sequences: Sequence[str]) -> list[Floats]:
+    return [rows_LD[1 : len(sequence) + 1] for rows_LD, sequence in zip(value_BLD, sequences, strict=True)]
