@@ -385,7 +385,7 @@ def test_a_diverged_seed_leaves_its_cell_undefined(tmp_path: Path) -> None:
     row = next(line for line in page.splitlines() if line.startswith("| smoothing"))
     # Against labels the sign turns, and so do the interval's ends.
     assert "| -0.5000 (" in row
-    assert "-2.5000 (" in row
+    assert r"-2.5000 (-2.6667 to -2.0000 \| -2.5000 to -2.5000)" in row
     draw_grid(tmp_path / "grid.png", report)
     assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
 
