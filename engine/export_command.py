@@ -34,7 +34,7 @@ def export(
         ),
     ] = None,
     max_residues: Annotated[
-        int | None, typer.Option(help="Longest protein.", min=1, show_default="what the models were trained on")
+        int | None, typer.Option(help="Longest protein.", min=2, show_default="what the models were trained on")
     ] = None,
     json_output: Annotated[
         bool, typer.Option("--json", help="Print the result as one JSON object on standard output.")

@@ -77,7 +77,7 @@ def export_onnx(
 
     Raises:
         InputError: a package is missing, an output or precision is unknown, an output needs a head or a chain that is
-            not there, the models are not the chain's, not fp32 on a CPU, or `max_residues` is not positive.
+            not there, the models are not the chain's, not fp32 on a CPU, or `max_residues` is below 2.
     """
     require(*_PACKAGES)
     path = Path(out)
@@ -87,8 +87,8 @@ def export_onnx(
         raise InputError(message)
     trained_on = [encoder.config.max_residues for encoder in encoders] if chain is None else [chain.max_residues]
     limit = min(trained_on) if max_residues is None else max_residues
-    if limit < 1:
-        message = f"max_residues must be positive, got {limit}"
+    if limit < 2:  # The exporter takes an axis of one possible length for a constant.
+        message = f"max_residues must be 2 or more, got {limit}"
         raise InputError(message)
     graph = ExportGraph(encoders, chosen, chain=chain, most_tokens=limit + _EDGES, dtype=PRECISIONS[precision]).eval()
     facts = _facts(encoders, chain, chosen, precision, limit)
@@ -166,11 +166,9 @@ def _facts(
 def _trace(graph: ExportGraph, outputs: Sequence[str], most_tokens: int) -> Any:
     """The graph as an `onnx_ir.Model`, with batch and length left open."""
     # Two rows of which one is padded: a length or a batch of one would be taken for a constant.
-    tokens_BL = torch.full((2, max(3, min(most_tokens, 6))), PAD_ID)
+    tokens_BL = torch.full((2, min(most_tokens, 6)), PAD_ID)
     tokens_BL[:, :3] = torch.tensor([BOS_ID, TOKENS.index("A"), EOS_ID])
     axes = {0: torch.export.Dim("batch", min=1, max=1 << 20), 1: torch.export.Dim("length", min=3, max=most_tokens)}
-    if most_tokens == 3:
-        axes.pop(1)
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
             graph,

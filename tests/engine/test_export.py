@@ -184,7 +184,7 @@ def test_refused_by_export(folder: Path, tmp_path: Path) -> None:
         (family[::-1], {"chain": chain}, "the order must be"),
         (tiny_family(WIDTHS, seed=7), {"chain": chain}, "another checkpoint of that width"),
         (family[:1], {"precision": "bf16"}, "precision is 'bf16'; an export is fp32 or fp16"),
-        (family[:1], {"max_residues": 0}, "max_residues must be positive, got 0"),
+        (family[:1], {"max_residues": 1}, "max_residues must be 2 or more, got 1"),
         ([tiny_family(WIDTHS)[0].to(torch.bfloat16)], {}, r"tiny16 is torch.bfloat16 on cpu; exports start from fp32"),
         ([Encoder(family[0].config, head=False, name="bare")], {"outputs": ["logits"]}, "and bare's checkpoint has no"),
     ):
