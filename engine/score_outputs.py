@@ -17,7 +17,7 @@ from typing import Any
 
 from .atomic import write_atomically
 from .errors import InputError
-from .store import differences
+from .run_folder import differences
 from .table_writer import check_output
 
 SCHEMA_VERSION = 1

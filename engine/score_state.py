@@ -25,7 +25,7 @@ from safetensors.numpy import load_file, save_file
 
 from .atomic import write_atomically
 from .errors import InputError
-from .store import differences, lock_folder
+from .run_folder import differences, lock_folder
 
 SCHEMA_VERSION = 1
 _RUN_FILE = "run.json"

@@ -14,10 +14,9 @@ keeps two runs out of one folder.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -31,12 +30,12 @@ from safetensors.numpy import save_file
 from .atomic import write_atomically
 from .errors import InputError
 from .fasta import Record
+from .run_folder import check_empty, differences, enter_folder
 
 SCHEMA_VERSION = 1
 RUN_FILE = "run.json"
 INDEX_FILE = "index.parquet"
 REJECTS_FILE = "rejects.csv"
-LOCK_FILE = ".lock"
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -92,15 +91,7 @@ class StoreWriter:
         self._held = contextlib.ExitStack()
 
     def __enter__(self) -> StoreWriter:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._held.enter_context(lock_folder(self.folder))
-        except FileExistsError as error:
-            message = "is a file; --out names a folder"
-            raise InputError(message, file=self.folder) from error
-        except OSError as error:
-            message = f"cannot be written to ({error.strerror})"
-            raise InputError(message, file=self.folder) from error
+        self._held.enter_context(enter_folder(self.folder))
         try:
             self._open()
         except BaseException:
@@ -124,9 +115,8 @@ class StoreWriter:
             if not self.overwrite:
                 message = f"holds a run with other settings ({'; '.join(changed)}); choose another --out or --overwrite"
                 raise InputError(message, file=self.folder)
-        elif leftovers := [path.name for path in self.folder.iterdir() if path.name != LOCK_FILE]:
-            message = f"is not empty and holds no run ({', '.join(sorted(leftovers)[:3])}): choose another --out"
-            raise InputError(message, file=self.folder)
+        else:
+            check_empty(self.folder)
         self._clear()
         self._write_run()
 
@@ -216,22 +206,6 @@ class StoreWriter:
         return len(ids) - int(pc.count_distinct(ids).as_py())
 
 
-@contextlib.contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Keeps other runs out of a folder, for as long as the context is open or the process lives.
-
-    Raises:
-        InputError: another run is in it.
-    """
-    with (folder / LOCK_FILE).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            message = "another run is writing to this folder"
-            raise InputError(message, file=folder) from error
-        yield
-
-
 def read_run(folder: Path) -> dict[str, Any]:
     """What run.json of a store says.
 
@@ -252,9 +226,3 @@ def read_run(folder: Path) -> dict[str, Any]:
         message = f"has schema version {version}, this release reads {SCHEMA_VERSION}"
         raise InputError(message, file=path)
     return run
-
-
-def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
-    """In words, which settings of a run there differ from those of this one."""
-    keys = sorted(theirs.keys() | ours.keys())
-    return [f"{key}: {theirs.get(key)} there, {ours.get(key)} now" for key in keys if theirs.get(key) != ours.get(key)]

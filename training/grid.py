@@ -32,7 +32,7 @@ from ..engine.device import precision_name, resolve_device, resolve_precision
 from ..engine.encoder import Encoder
 from ..engine.errors import InputError
 from ..engine.models import load_model
-from ..engine.store import LOCK_FILE, differences, lock_folder
+from ..engine.run_folder import check_empty, differences, lock_folder
 from .composition import letter_counts
 from .corpus import read_shares
 from .distillation import Callbacks, check_pair, distill
@@ -273,9 +273,8 @@ def _entered(out: Path, settings: dict[str, Any], growing: dict[str, Any]) -> It
         path = out / PLAN_FILE
         if path.exists():
             _check_plan(path, settings, growing)
-        elif leftovers := sorted(each.name for each in out.iterdir() if each.name != LOCK_FILE):
-            message = f"is not empty and holds no grid ({', '.join(leftovers[:3])}): choose another --out"
-            raise InputError(message, file=out)
+        else:
+            check_empty(out, lacks="grid")
         _write_json(path, {"schema_version": SCHEMA_VERSION, "settings": settings, "growing": growing})
         yield
 

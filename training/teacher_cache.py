@@ -31,7 +31,7 @@ import torch
 
 from ..engine.atomic import write_atomically
 from ..engine.errors import InputError
-from ..engine.store import LOCK_FILE, differences, lock_folder
+from ..engine.run_folder import check_empty, differences, lock_folder
 from ..kernels import plan_batches
 from ..kernels.linear import linear
 from ..kernels.linear_kd_loss import Head
@@ -99,10 +99,8 @@ class TeacherCache:
     def _read(self) -> dict[str, str]:
         path = self.folder / CACHE_FILE
         if not path.exists():
-            there = self.folder.iterdir() if self.folder.is_dir() else ()
-            if others := sorted(each.name for each in there if each.name != LOCK_FILE):
-                message = f"is not empty and holds no cache ({', '.join(others[:3])}): choose another --cache"
-                raise InputError(message, file=self.folder)
+            if self.folder.is_dir():
+                check_empty(self.folder, lacks="cache", option="--cache")
             return {}
         try:
             content = json.loads(path.read_text(encoding="utf-8"))

@@ -24,7 +24,7 @@ import torch
 
 from ..engine.atomic import write_atomically
 from ..engine.errors import InputError
-from ..engine.store import LOCK_FILE, differences, lock_folder
+from ..engine.run_folder import check_empty, differences, enter_folder
 from .distributed import ALONE, Processes
 from .trainer import StepReport, Trainer
 from .training_log import LOG_FILE, TENSORBOARD_FOLDER, TrainingLog
@@ -74,15 +74,7 @@ class TrainingFolder:
         return self
 
     def _enter(self) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._held.enter_context(lock_folder(self.folder))
-        except FileExistsError as error:
-            message = "is a file; --out names a folder"
-            raise InputError(message, file=self.folder) from error
-        except OSError as error:
-            message = f"cannot be written to ({error.strerror})"
-            raise InputError(message, file=self.folder) from error
+        self._held.enter_context(enter_folder(self.folder))
         try:
             self._open()
         except BaseException:
@@ -94,9 +86,7 @@ class TrainingFolder:
 
     def _open(self) -> None:
         if not (self.folder / RUN_FILE).exists():
-            if leftovers := sorted(path.name for path in self.folder.iterdir() if path.name != LOCK_FILE):
-                message = f"is not empty and holds no run ({', '.join(leftovers[:3])}): choose another --out"
-                raise InputError(message, file=self.folder)
+            check_empty(self.folder)
             self._write_run(complete=False)
             return
         run = self._read_run()
