@@ -115,11 +115,7 @@ class DecodeStep:
         """Makes room for so many tokens, where there is less."""
         if places <= self.places:
             return
-        wanted = min(self.decoder.config.places, max(places, 2 * self.places))
-        before, self._caches = self._caches, self._empty_caches(wanted)
-        for new, old in zip(self._caches, before, strict=True):
-            for new_SHPK, old_SHPK in zip(new, old, strict=True):
-                new_SHPK[:, :, : old_SHPK.shape[2]] = old_SHPK
+        self._caches = [cache.grown(places, most=self.decoder.config.places) for cache in self._caches]
         # Graphs hold the caches that are no more.
         self._graphs.clear()
 

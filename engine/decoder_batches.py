@@ -13,7 +13,7 @@ from ..kernels import plan_batches
 from .decoder import Decoder, pack_ids
 from .embedder import default_max_tokens
 from .packing import PackedBatch
-from .retry import MemoryBudget, Work, half
+from .retry import MemoryBudget, Work, cut_in_two
 from .vocabulary import Ids
 from .windows import Piece
 
@@ -84,12 +84,8 @@ class DecoderBatches:
             take(rows, pack_ids([sequences[row] for row in rows]))
             work.levels.clear()
 
-        def divide(work: Work) -> tuple[Work, Work]:
-            place = half(work.pieces)
-            return Work(0, work.pieces[:place], [0]), Work(0, work.pieces[place:], [0])
-
         order, offsets = plan_batches([len(ids) for ids in sequences], self.max_tokens)
         for begin, end in pairwise(offsets.tolist()):
             batch: list[Piece] = [pieces[row] for row in order[begin:end].tolist()]
-            self._budget.run(Work(0, batch, [0]), run, divide)
+            self._budget.run(Work(0, batch, [0]), run, cut_in_two)
             self._after_batch(sum(piece.residues for piece in batch))

@@ -22,7 +22,7 @@ from .embedder import default_max_tokens
 from .encoder import Encoder
 from .errors import InputError
 from .packing import ChosenRows, pack_tokens
-from .retry import DoesNotFit, MemoryBudget, Work, half
+from .retry import DoesNotFit, MemoryBudget, Work, cut_in_two
 from .transfer import Arrivals
 from .windows import Piece
 
@@ -138,15 +138,11 @@ class QueryRunner:
             arrivals.expect(logits_RV, share_out)
             work.levels.clear()
 
-        def divide(work: Work) -> tuple[Work, Work]:
-            place = half(work.pieces)
-            return Work(0, work.pieces[:place], [0]), Work(0, work.pieces[place:], [0])
-
         order, offsets = plan_batches([piece.tokens for piece in pieces], self.max_tokens)
         for begin, end in pairwise(offsets.tolist()):
             batch = [pieces[row] for row in order[begin:end].tolist()]
             try:
-                self._budget.run(Work(0, batch, [0]), run, divide)
+                self._budget.run(Work(0, batch, [0]), run, cut_in_two)
             except DoesNotFit as error:
                 raise DoesNotFit(first + error.row, error.reason) from error
             self._after_batch(sum(piece.residues for piece in batch))

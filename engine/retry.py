@@ -69,6 +69,13 @@ def half(pieces: list[Piece]) -> int:
     return len(pieces) - 1
 
 
+def cut_in_two(work: Work) -> tuple[Work, Work]:
+    """Two halves of work of which nothing is kept under its number."""
+    place = half(work.pieces)
+    first, second = work.pieces[:place], work.pieces[place:]
+    return Work(work.number, first, list(work.levels)), Work(work.number, second, list(work.levels))
+
+
 class MemoryBudget:
     """Runs work, and learns how much of it fits.
 

@@ -70,14 +70,20 @@ class KeyValueCache(NamedTuple):
         shape = (slots, heads, places, head_width)
         return KeyValueCache(*(torch.empty(shape, dtype=dtype, device=device) for _ in range(2)))
 
-    def grown(self, places: int) -> KeyValueCache:
-        """A cache with at least so many places: this one where it has them, else a copy with twice as many or more."""
+    def grown(self, places: int, *, most: int | None = None) -> KeyValueCache:
+        """A cache with at least so many places: this one where it has them, else a copy with twice as many or more.
+
+        Args:
+            places: that are needed.
+            most: that will ever be; a copy has no more, unless they are needed.
+        """
         before = self.keys_SHPK.shape[2]
         if places <= before:
             return self
         S, H, _, K = self.keys_SHPK.shape
+        doubled = 2 * before if most is None else min(most, 2 * before)
         larger = KeyValueCache.empty(
-            *(S, H, max(places, 2 * before), K), dtype=self.keys_SHPK.dtype, device=self.keys_SHPK.device
+            *(S, H, max(places, doubled), K), dtype=self.keys_SHPK.dtype, device=self.keys_SHPK.device
         )
         for new, old in zip(larger, self, strict=True):
             new[:, :, :before] = old
