@@ -77,8 +77,9 @@ PUBLISHED: dict[str, EncoderConfig] = {
 BUNDLED: dict[str, EncoderConfig] = {
     "nano-xs": EncoderConfig(layers=6, width=128, heads=4, feedforward=512),
     "nano-s": EncoderConfig(layers=8, width=192, heads=6, feedforward=768),
+    "nano-m": EncoderConfig(layers=6, width=256, heads=8, feedforward=1024),
 }
-"""The encoders inside the package, and the presets that `protnest pretrain` trains."""
+"""The encoders inside the package."""
 
 # What ESM-2 is, in the words of a Hugging Face config.json. A checkpoint that says otherwise is another architecture.
 _HF_FIXED: dict[str, tuple[Any, ...]] = {

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from .alphabet import TOKENS
 from .errors import InputError
 
 
@@ -66,6 +67,15 @@ DECODER_SHAPES: dict[str, DecoderConfig] = {
     "micro": _sized(4, 4, 256),
 }
 """The published teacher, 774M, and its students, 204M, 82M, 39M and 16M (Wijaya 2026)."""
+
+
+def residue_decoder(*, layers: int, heads: int, width: int) -> DecoderConfig:
+    """A shape over residues, one token each (`ResidueVocabulary`)."""
+    return _sized(layers, heads, width, vocabulary=len(TOKENS))
+
+
+BUNDLED_DECODERS: dict[str, DecoderConfig] = {"nano-gpt": residue_decoder(layers=5, heads=6, width=192)}
+"""The decoders inside the package."""
 
 # What GPT-2 is, in the words of a Hugging Face config.json. A checkpoint that says otherwise is another architecture.
 _HF_FIXED: dict[str, tuple[Any, ...]] = {

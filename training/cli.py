@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 def pretrain(
     data: Annotated[Path, typer.Argument(help="FASTA file, plain or .gz; one sequence in twenty is held out.")],
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint; a killed run goes on from here.")],
-    preset: Annotated[Literal["nano-xs", "nano-s", "nano-m"], typer.Option(help="Architecture.")] = "nano-xs",
+    preset: Annotated[
+        Literal["nano-2xs", "nano-xs", "nano-s", "nano-m"], typer.Option(help="Architecture.")
+    ] = "nano-xs",
     steps: Annotated[int, typer.Option(help="Optimiser steps.", min=1)] = 6000,
     batch_tokens: Annotated[int, typer.Option(help="Most tokens in a batch.", min=16)] = 2048,
     learning_rate: Annotated[float, typer.Option(help="Its peak.", min=1e-9)] = 2e-3,

@@ -26,8 +26,8 @@ def distill(
     student: Annotated[
         str,
         typer.Option(
-            help="Preset (encoders: nano-xs, nano-s, nano-m; decoders: nano-gpt, micro, tiny, small, medium), or the "
-            "folder of a model that is trained on."
+            help="Preset (encoders: nano-2xs, nano-xs, nano-s, nano-m; decoders: nano-gpt-xs, nano-gpt-s, nano-gpt, "
+            "micro, tiny, small, medium), or the folder of a model that is trained on."
         ),
     ] = "nano-xs",
     vocabulary: Annotated[
@@ -35,7 +35,11 @@ def distill(
         typer.Option(help="Of a decoder preset: `residues`, or a decoder's folder.", show_default="the teacher's"),
     ] = None,
     init: Annotated[
-        Literal["random", "layers"], typer.Option(help="Fresh weights, or every n-th of the teacher's layers.")
+        str,
+        typer.Option(
+            help="`random`: fresh weights; `layers`: every n-th of the teacher's layers; or the name or folder of a "
+            "narrower encoder, with whose answers the student begins."
+        ),
     ] = "random",
     no_uncertainty: Annotated[
         bool, typer.Option("--no-uncertainty", help="Do not weight rows by the teacher's entropy.")

@@ -36,8 +36,9 @@ from .teacher import LiveTeacher, model_fingerprint
 from .teacher_cache import TeacherCache
 from .trainer import StepReport, Trainer, TrainerConfig
 from .training_folder import TrainingFolder
+from .widening import widen
 
-INITS = ("random", "layers")
+RANDOM, LAYERS = "random", "layers"
 _CACHED_MASKS = 4
 
 
@@ -48,7 +49,8 @@ class DistillConfig:
     Attributes:
         student: a preset of `students`, or a folder in Hugging Face layout.
         vocabulary: of a decoder preset without a teacher: "residues", or a decoder's folder.
-        init: "random": fresh weights; "layers": every n-th of the teacher's layers.
+        init: "random": fresh weights; "layers": every n-th of the teacher's layers; else a narrower encoder, as
+            `load_model` takes it, with whose answers the student begins (see `widening`).
         epochs: passes over the data, where `trainer.steps` is not to count.
         trainer: how it is trained.
         options: of the distillation loss.
@@ -63,7 +65,7 @@ class DistillConfig:
 
     student: str
     vocabulary: str | None = None
-    init: str = "random"
+    init: str = RANDOM
     epochs: int | None = None
     trainer: TrainerConfig
     options: KDOptions = dataclasses.field(default_factory=KDOptions)
@@ -73,10 +75,9 @@ class DistillConfig:
     held_out: int = 1000
 
     def __post_init__(self) -> None:
-        for name, allowed in (("init", INITS), ("rows", ROWS)):
-            if getattr(self, name) not in allowed:
-                message = f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}"
-                raise InputError(message)
+        if self.rows not in ROWS:
+            message = f"rows is {self.rows!r}; allowed: {', '.join(ROWS)}"
+            raise InputError(message)
         for name, least in (("epochs", 1), ("mask_epochs", 0), ("cache_top_k", 1), ("held_out", 1)):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < least):
@@ -210,11 +211,17 @@ def _student(config: DistillConfig, teacher: Encoder | Decoder | None) -> Encode
         student = build_student(config.student, vocabulary=vocabulary, seed=config.trainer.seed)
     if teacher is not None:
         check_pair(student, teacher)
-    if config.init == "layers":
+    if config.init == LAYERS:
         if teacher is None:
             message = "init is 'layers', but there is no teacher to copy them from"
             raise InputError(message)
         copy_layers(student, teacher)
+    elif config.init != RANDOM:
+        begun_as = load_model(config.init, device="cpu", precision="fp32")
+        if not isinstance(student, Encoder) or not isinstance(begun_as, Encoder):
+            message = f"{student.name} cannot begin as {begun_as.name}: only encoders are widened"
+            raise InputError(message)
+        widen(begun_as, student, seed=config.trainer.seed)
     return student
 
 

@@ -13,7 +13,7 @@ from ..engine.checkpoint import read_settings, save_checkpoint
 from ..engine.config import BUNDLED, EncoderConfig
 from ..engine.decoder import Decoder
 from ..engine.decoder_checkpoint import save_decoder
-from ..engine.decoder_config import DECODER_SHAPES, DecoderConfig
+from ..engine.decoder_config import BUNDLED_DECODERS, DECODER_SHAPES, DecoderConfig, residue_decoder
 from ..engine.encoder import Encoder
 from ..engine.errors import InputError
 from ..engine.models import load_model
@@ -21,22 +21,25 @@ from ..engine.vocabulary import ResidueVocabulary, Vocabulary, read_vocabulary
 from .streams import Stream, torch_seed
 
 ENCODER_PRESETS: dict[str, EncoderConfig] = {
+    "nano-2xs": EncoderConfig(layers=4, width=64, heads=2, feedforward=256),
     **BUNDLED,
-    "nano-m": EncoderConfig(layers=6, width=256, heads=8, feedforward=1024),
 }
-"""Encoders of 1.2, 3.6 and 4.8 million parameters: 19.4 MB together in fp16."""
+"""Encoders of 0.2, 1.2, 3.6 and 4.8 million parameters; the last three are 19.4 MB together in fp16."""
+
+_OVER_RESIDUES: dict[str, DecoderConfig] = {
+    "nano-gpt-xs": residue_decoder(layers=3, heads=3, width=96),
+    "nano-gpt-s": residue_decoder(layers=4, heads=4, width=128),
+    **BUNDLED_DECODERS,
+}
 
 DECODER_PRESETS: dict[str, DecoderConfig] = {
-    "nano-gpt": DecoderConfig(
-        layers=5, width=192, heads=6, feedforward=768, vocabulary=ResidueVocabulary.size, places=1024
-    ),
+    **_OVER_RESIDUES,
     **{name: shape for name, shape in DECODER_SHAPES.items() if name != "protgpt2"},
 }
-"""A decoder over residues of 2.4 million parameters, 4.9 MB in fp16, and the published students (Wijaya 2026)."""
+"""Decoders over residues of 0.4, 0.9 and 2.4 million parameters, and the published students (Wijaya 2026)."""
 
 PRESETS = (*ENCODER_PRESETS, *DECODER_PRESETS)
 RESIDUES = "residues"
-_OVER_RESIDUES = ("nano-gpt",)
 _INITIAL_STD = 0.02
 
 
@@ -47,7 +50,7 @@ def build_student(
 
     Args:
         student: a preset, which gets fresh weights; or a folder in Hugging Face layout, which is trained on.
-        vocabulary: of a decoder preset: a teacher's; "residues"; or a decoder's folder. nano-gpt's is "residues" where
+        vocabulary: of a decoder preset: a teacher's; "residues"; or a decoder's folder. The nanos' is "residues" where
             nothing is said.
         seed: of fresh weights.
 

@@ -338,6 +338,9 @@ def test_what_does_not_go_together_is_refused(models: dict[str, Path], fasta: Pa
         (None, _config("micro"), {}, "micro has no vocabulary of its own"),
         (None, _config("nano-xs", init="layers"), {}, "init is 'layers', but there is no teacher to copy them from"),
         (models["teacher"], _config("nano-xs", init="layers"), {}, "layers cannot be copied from teacher to nano-xs: "),
+        (None, _config("nano-xs", init="nano-xz"), {}, "no model 'nano-xz': did you mean 'nano-xs'"),
+        (None, _config("nano-s", init="nano-xs"), {}, "nano-s cannot begin as nano-xs (6 layers, 128 wide"),
+        (None, _config("nano-gpt", init="nano-xs"), {}, "nano-gpt cannot begin as nano-xs: only encoders are widened"),
         (None, _config("nano-xs"), {"cache": tmp_path / "cache"}, "a cache holds a teacher's answers, and there is no"),
         (models["teacher"], _config("nano-xs", mask_epochs=0), {"cache": tmp_path / "c"}, "masks that come again"),
         (tmp_path / "absent", _config("nano-xs"), {}, "no model"),
@@ -359,7 +362,6 @@ def test_data_without_sequences_is_refused(models: dict[str, Path], tmp_path: Pa
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"init": "copy"}, "init is 'copy'; allowed: random, layers"),
         ({"rows": "some"}, "rows is 'some'; allowed: masked, all"),
         ({"epochs": 0}, "epochs is 0, expected a whole number of at least 1"),
         ({"mask_epochs": -1}, "mask_epochs is -1, expected a whole number of at least 0"),

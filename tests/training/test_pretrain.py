@@ -634,7 +634,7 @@ def test_too_few_sequences_are_refused_before_anything_is_written(tmp_path: Path
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"preset": "nano-xl"}, "preset is 'nano-xl'; allowed: nano-xs, nano-s"),
+        ({"preset": "nano-xl"}, "preset is 'nano-xl'; allowed: nano-2xs, nano-xs, nano-s"),
         ({"steps": 0}, "steps must be positive, got 0"),
         ({"steps": -3}, "steps must be positive, got -3"),
         ({"batch_tokens": 0}, "batch_tokens must be positive, got 0"),

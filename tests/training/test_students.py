@@ -86,7 +86,11 @@ def test_presets_and_folders(tmp_path: Path) -> None:
     ("student", "vocabulary", "problem"),
     [
         ("nano-xl", None, "no student 'nano-xl': did you mean 'nano-"),
-        ("/absent", None, "it is neither a preset (nano-xs, nano-s, nano-m, nano-gpt, medium"),
+        (
+            "/absent",
+            None,
+            "it is neither a preset (nano-2xs, nano-xs, nano-s, nano-m, nano-gpt-xs, nano-gpt-s, nano-gpt, medium",
+        ),
         ("micro", None, "micro has no vocabulary of its own: give a teacher, 'residues', or the folder"),
         ("micro", "letters", "vocabulary is 'letters', expected 'residues' or a decoder's folder"),
     ],
