@@ -230,7 +230,7 @@ def _cache_row(problem: TrainProblem, config: TrainerConfig) -> Row:
     assert isinstance(live, LiveTeacher)
     with tempfile.TemporaryDirectory() as folder:
         cache = TeacherCache(Path(folder) / "cache", live, task, temperature=task.options.temperature)
-        cache.fill(1)
+        cache.fill([np.arange(len(task.corpus))])
         found = []
         for teacher in (live, cache):
             task.teacher = teacher

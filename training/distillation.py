@@ -147,9 +147,9 @@ def distill(
         if folder.report is not None:
             return folder.report
         if plan.cache is not None:
-            epochs = trainer.order.epochs_of(plan.trainer.steps, batches_a_step=trainer.batches_a_step)
             if processes.is_first:
-                plan.cache.fill(epochs, after_shard=callbacks.after_shard)
+                used = trainer.order.used(plan.trainer.steps, batches_a_step=trainer.batches_a_step)
+                plan.cache.fill(used, after_shard=callbacks.after_shard)
             processes.wait()
             plan.cache.look_again()
         folder.resume(trainer)

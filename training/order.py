@@ -87,10 +87,11 @@ class BatchOrder:
         batches = sum(len(self.batches(epoch)) for epoch in range(epochs))
         return -(-batches // batches_a_step)
 
-    def epochs_of(self, steps: int, *, batches_a_step: int) -> int:
-        """Epochs that so many optimiser steps reach into."""
-        left, epoch = steps * batches_a_step, 0
+    def used(self, steps: int, *, batches_a_step: int) -> list[Index]:
+        """By epoch, the numbers of the sequences that so many optimiser steps show, in the order in which they do."""
+        left, epochs = steps * batches_a_step, list[Index]()
         while left > 0:
-            left -= len(self.batches(epoch))
-            epoch += 1
-        return epoch
+            batches = self.batches(len(epochs))[:left]
+            left -= len(batches)
+            epochs.append(np.concatenate(batches))
+        return epochs

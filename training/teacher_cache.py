@@ -1,7 +1,8 @@
-"""A teacher's answers on disk: it runs once over each sequence and mask, and never again.
+"""A teacher's answers on disk: it runs once over each sequence and mask that a training shows, and never again.
 
     cache.json                  schema version, what the cache is of (`key`), checksums of finished shards
-    rows-M-NNNNN.npy            answers for the rows of 2,048 sequences under mask M, one record a row
+    numbers-M-NNNNN.npy         int64, up to 2,048 sequences that the teacher answered for under mask M
+    rows-M-NNNNN.npy            the answers for their rows, one record a row
     begins-M-NNNNN.npy          int64, where each sequence's rows begin
 
 A record holds `logits` fp32: all of them where the vocabulary has up to 64 tokens, else the K largest with their
@@ -20,7 +21,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from ..engine.run_folder import check_empty, differences, lock_folder
 from ..kernels import plan_batches
 from ..kernels.linear import linear
 from ..kernels.linear_kd_loss import Head
+from .order import Index
 from .row_task import SMALL_VOCABULARY, RowBatch, RowTask
 from .teacher import LiveTeacher
 from .top_k_loss import TopKRows
@@ -46,7 +48,6 @@ _FILL_TOKENS = 8192
 _CHUNK_NUMBERS = 1 << 23
 
 Rows = npt.NDArray[Any]
-Begins = npt.NDArray[np.int64]
 
 
 class TeacherCache:
@@ -93,8 +94,11 @@ class TeacherCache:
         )
         self.fingerprint = f"{teacher.fingerprint}, {self._kept} logits a row cached"
         self._dtype = _record(V, self._kept)
-        self._open_shards: dict[str, tuple[Rows, Begins]] = {}
-        self._checksums = self._read()
+        self._open_shards: dict[str, tuple[Rows, Index]] = {}
+        self._checksums: dict[str, str] = {}
+        # Of each mask: which shard holds a sequence, -1 for none, and at which place.
+        self._places = {mask: np.full((2, len(task.corpus)), -1) for mask in range(task.masks)}
+        self.look_again()
 
     def _read(self) -> dict[str, str]:
         path = self.folder / CACHE_FILE
@@ -122,14 +126,26 @@ class TeacherCache:
         Raises:
             InputError: as at the beginning.
         """
-        self._checksums = self._read()
+        found = self._read()
+        for name in found.keys() - self._checksums.keys():
+            self._learn_places(name)
+        self._checksums = found
 
-    def fill(self, masks: int, *, after_shard: Callable[[int, int], None] = lambda done, of: None) -> int:
-        """Lets the teacher answer for all sequences under the first so many masks, as far as the cache has them not.
+    def _learn_places(self, name: str) -> None:
+        try:
+            mask, shard = map(int, name.split("-"))
+            numbers = np.load(self.folder / f"numbers-{name}.npy")
+            self._places[mask][0, numbers], self._places[mask][1, numbers] = shard, np.arange(len(numbers))
+        except (OSError, ValueError, EOFError, LookupError) as error:
+            message = f"shard {name} cannot be read ({error}); delete the folder to fill it anew"
+            raise InputError(message, file=self.folder) from error
+
+    def fill(self, epochs: Sequence[Index], *, after_shard: Callable[[int, int], None] = lambda done, of: None) -> int:
+        """Lets the teacher answer for what a training shows, as far as the cache has it not.
 
         Args:
-            masks: how many; beyond what the task has there are no others.
-            after_shard: called with shards done, and shards in all.
+            epochs: by epoch, int64, the numbers of the sequences shown.
+            after_shard: called with shards done, and shards to do in all.
 
         Returns:
             How many shards were written.
@@ -137,18 +153,18 @@ class TeacherCache:
         Raises:
             InputError: the disk is full, or another run fills the cache.
         """
-        shards = -(-len(self._task.corpus) // SHARD_SEQUENCES)
-        wanted = [(mask, shard) for mask in range(min(masks, self._task.masks)) for shard in range(shards)]
-        missing = [each for each in wanted if _name(*each) not in self._checksums]
-        if not missing:
+        if not self._missing(epochs):
             return 0
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with lock_folder(self.folder):
+                # What another run filled meanwhile is not asked for again.
+                self.look_again()
+                missing = self._missing(epochs)
                 self._write_list()
-                for done, (mask, shard) in enumerate(missing, start=1):
-                    self._write(mask, shard)
-                    after_shard(len(wanted) - len(missing) + done, len(wanted))
+                for done, (mask, numbers) in enumerate(missing, start=1):
+                    self._write(mask, numbers)
+                    after_shard(done, len(missing))
         except OSError as error:
             message = (
                 f"the cache cannot be written ({error.strerror}); what is there is kept. A row takes "
@@ -157,13 +173,25 @@ class TeacherCache:
             raise InputError(message, file=self.folder) from error
         return len(missing)
 
-    def _write(self, mask: int, shard: int) -> None:
-        begin = shard * SHARD_SEQUENCES
-        rows, begins = self._answers(range(begin, min(begin + SHARD_SEQUENCES, len(self._task.corpus))), mask)
-        name = _name(mask, shard)
-        for kind, array in (("rows", rows), ("begins", begins)):
+    def _missing(self, epochs: Sequence[Index]) -> list[tuple[int, Index]]:
+        """What is not there, cut into shards: a mask, and sequences in the order in which they are shown."""
+        by_mask: dict[int, list[Index]] = {}
+        for epoch, numbers in enumerate(epochs):
+            by_mask.setdefault(epoch % self._task.masks, []).append(numbers)
+        missing = []
+        for mask, parts in by_mask.items():
+            shown = np.array(list(dict.fromkeys(np.concatenate(parts).tolist())), dtype=np.int64)
+            absent = shown[self._places[mask][0, shown] < 0]
+            missing += [(mask, absent[at : at + SHARD_SEQUENCES]) for at in range(0, len(absent), SHARD_SEQUENCES)]
+        return missing
+
+    def _write(self, mask: int, numbers: Index) -> None:
+        rows, begins = self._answers(numbers, mask)
+        name = f"{mask}-{sum(int(name.split('-')[0]) == mask for name in self._checksums):05d}"
+        for kind, array in (("numbers", numbers), ("rows", rows), ("begins", begins)):
             write_atomically(self.folder / f"{kind}-{name}.npy", functools.partial(_save, array))
-        self._checksums[name] = _checksum(rows, begins)
+        self._checksums[name] = _checksum(rows, begins, numbers)
+        self._learn_places(name)
         self._write_list()
 
     def _write_list(self) -> None:
@@ -171,17 +199,17 @@ class TeacherCache:
         text = json.dumps(content, indent=1) + "\n"
         write_atomically(self.folder / CACHE_FILE, lambda path: path.write_text(text, encoding="utf-8"))
 
-    def _answers(self, numbers: range, mask: int) -> tuple[Rows, Begins]:
-        order, offsets = plan_batches(self._task.lengths_B[numbers.start : numbers.stop], _FILL_TOKENS)
+    def _answers(self, numbers: Index, mask: int) -> tuple[Rows, Index]:
+        order, offsets = plan_batches(self._task.lengths_B[numbers], _FILL_TOKENS)
         found: dict[int, Rows] = {}
         for first, last in pairwise(offsets.tolist()):
-            own = [numbers.start + place for place in order[first:last].tolist()]
+            own = numbers[order[first:last]].tolist()
             batch = self._task.batch(own, mask)
             rows = self._records(self._teacher.rows(batch))
             parts = np.split(rows, np.cumsum(batch.chosen.counts_B)[:-1])
             found |= dict(zip(own, parts, strict=True))
-        begins = np.cumsum([0, *(len(found[number]) for number in numbers)], dtype=np.int64)
-        return np.concatenate([found[number] for number in numbers]), begins
+        in_order = [found[number] for number in numbers.tolist()]
+        return np.concatenate(in_order), np.cumsum([0, *map(len, in_order)], dtype=np.int64)
 
     @torch.no_grad()
     def _records(self, head: Head) -> Rows:
@@ -224,22 +252,22 @@ class TeacherCache:
         return TopKRows(logits_NK, *(tensor.to(device) for tensor in (tokens, *scalars)))
 
     def _of_sequence(self, number: int, mask: int) -> Rows:
-        rows, begins = self._shard(_name(mask, number // SHARD_SEQUENCES))
-        place = number % SHARD_SEQUENCES
+        shard, place = self._places[mask][:, number].tolist()
+        if shard < 0:
+            message = f"has no answers for {self._task.describe(number)} under mask {mask}: it was not filled"
+            raise InputError(message, file=self.folder)
+        rows, begins = self._shard(f"{mask}-{shard:05d}")
         return rows[begins[place] : begins[place + 1]]
 
-    def _shard(self, name: str) -> tuple[Rows, Begins]:
+    def _shard(self, name: str) -> tuple[Rows, Index]:
         if name not in self._open_shards:
-            if name not in self._checksums:
-                message = f"has no shard {name}: it was not filled"
-                raise InputError(message, file=self.folder)
             try:
                 rows = np.load(self.folder / f"rows-{name}.npy", mmap_mode="r")
-                begins = np.load(self.folder / f"begins-{name}.npy")
+                begins, numbers = (np.load(self.folder / f"{kind}-{name}.npy") for kind in ("begins", "numbers"))
             except (OSError, ValueError, EOFError) as error:
                 message = f"shard {name} cannot be read ({error}); delete the folder to fill it anew"
                 raise InputError(message, file=self.folder) from error
-            if _checksum(rows, begins) != self._checksums[name]:
+            if _checksum(rows, begins, numbers) != self._checksums[name]:
                 message = f"shard {name} is damaged: its checksum is another; delete the folder to fill it anew"
                 raise InputError(message, file=self.folder)
             self._open_shards[name] = (rows, begins)
@@ -254,17 +282,13 @@ def _record(V: int, kept: int) -> np.dtype[Any]:
 _SCALARS = ("lse_1", "lse_T", "entropy", "max")
 
 
-def _name(mask: int, shard: int) -> str:
-    return f"{mask}-{shard:05d}"
-
-
 def _save(array: npt.NDArray[Any], path: Path) -> None:
     with path.open("wb") as file:
         np.save(file, array)
 
 
-def _checksum(rows: Rows, begins: Begins) -> str:
-    digest = hashlib.blake2b(np.ascontiguousarray(begins).view(np.uint8).tobytes(), digest_size=16)
+def _checksum(rows: Rows, begins: Index, numbers: Index) -> str:
+    digest = hashlib.blake2b(begins.tobytes() + numbers.tobytes(), digest_size=16)
     for first in range(0, len(rows), 1 << 16):
         digest.update(rows[first : first + (1 << 16)].tobytes())
     return digest.hexdigest()

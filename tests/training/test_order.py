@@ -86,5 +86,7 @@ def test_steps_and_epochs_of_each_other(batches_a_step: int) -> None:
         steps = order.steps_of(epochs, batches_a_step=batches_a_step)
         assert (steps - 1) * batches_a_step < sum(batches[:epochs]) <= steps * batches_a_step
     for steps in (1, 5, 9):
-        epochs = order.epochs_of(steps, batches_a_step=batches_a_step)
-        assert sum(batches[: epochs - 1]) < steps * batches_a_step <= sum(batches[:epochs])
+        used = order.used(steps, batches_a_step=batches_a_step)
+        shown = itertools.islice(order.walk(Position()), steps * batches_a_step)
+        expected = [(number, epoch) for batch, epoch, _ in shown for number in batch.tolist()]
+        assert [(number, epoch) for epoch, numbers in enumerate(used) for number in numbers.tolist()] == expected
