@@ -182,6 +182,37 @@ def test_a_model_left_in_evaluation_mode_is_trained_all_the_same() -> None:
     assert torch.equal(_weights(trainer), _weights(whole))
 
 
+def _denormals() -> bool:
+    return bool((torch.tensor(1e-30) * torch.tensor(1e-10)).item())
+
+
+class _Denormal(LinearTask):
+    """Tells whether numbers below 1.2e-38 are there in a step, forwards and backwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.there: list[bool] = []
+
+    def loss(self, portion: Portion) -> Loss:
+        self.there.append(_denormals())
+        loss = super().loss(portion)
+        loss.value.register_hook(lambda _: self.there.append(_denormals()))
+        return loss
+
+
+@pytest.mark.skipif(not torch.set_flush_denormal(False), reason="this processor cannot flush denormals")
+def test_numbers_too_small_to_matter_take_no_time_in_a_step_and_are_left_alone_outside() -> None:
+    assert _denormals()
+    task, after = _Denormal(), list[bool]()
+    Trainer(task, _config(), device=CPU).run(after_step=lambda report: after.append(_denormals()))
+    assert len(task.there) == 16
+    assert not any(task.there)
+    assert all(after)
+    with pytest.raises(InputError):
+        Trainer(_Broken(math.nan), _config(accumulate=2), device=CPU).run()
+    assert _denormals()
+
+
 def test_what_is_frozen_stays_and_is_not_kept() -> None:
     task = LinearTask()
     task.model[1].bias.requires_grad_(False)
