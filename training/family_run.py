@@ -89,13 +89,14 @@ class FamilyRun:
         """
         precision = precision_name(resolve_precision("auto", self._device))
         for stage in STAGES:
-            self._say(f"{stage.name}: {round(stage.steps * scale):,} steps")
+            config = stage_config(stage, self.out, scale=scale, precision=precision)
+            self._say(f"{stage.name}: {config.trainer.steps:,} steps")
             with TrainingProgress(self._console, stage.name) as progress:
                 distill(
                     None if stage.teacher is None else self.out / stage.teacher,
                     self.data,
                     self.out / stage.name,
-                    stage_config(stage, self.out, scale=scale, precision=precision),
+                    config,
                     device=str(self._device),
                     callbacks=Callbacks(on_start=progress.start, after_step=progress.stepped),
                 )
@@ -118,7 +119,7 @@ class FamilyRun:
             **{name: getattr(options, name) for name in ("judged", "variants", "seed")},
         }
         encoders = [model for model in models.values() if isinstance(model, Encoder)]
-        self._say("the chain is fitted")
+        self._say("fitting the chain")
         chain = fit_family_chain(encoders, train, self.out, name=CHAIN, source=self.data.name, options=options)
         found = self._found(identity)
         if found is None:

@@ -119,6 +119,19 @@ def test_bundled_chain(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert not any("/" in str(value) for value in chain.data.values()), "a path of the machine that it was made on"
 
 
+@pytest.mark.parametrize("name", [*BUNDLED, *BUNDLED_DECODERS])
+def test_bundled_card(name: str) -> None:
+    _skip_without(f"{name}/README.md")
+    card = (BUNDLED_FOLDER / name / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\nlicense: mit\n")
+    assert f"\n# {name}\n" in card
+    assert f"**{name}** | " in card, "its own perplexity"
+    assert "-dirty" not in card, "figures of code that nobody else has"
+    report = json.loads((BUNDLED_FOLDER / name / "training.json").read_text(encoding="utf-8"))
+    named = [report.get("student"), report.get("teacher"), report.get("recipe", {}).get("init")]
+    assert not any("/" in each for each in named if each), "a path of the machine that it was trained on"
+
+
 def test_defaults_are_bundled() -> None:
     assert models_file.DEFAULT_MODEL in BUNDLED
     assert models_file.DEFAULT_DECODER in BUNDLED_DECODERS
