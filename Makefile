@@ -10,7 +10,11 @@ export PYTHONSAFEPATH := 1
 # Files of tests run side by side, a process a core, so that each process computes on one thread.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
 
-.PHONY: demo test lint types unit wheel clean
+# What the bundled models were trained on, and mutational scans to judge them by.
+DATA ?= ../shared/data/sequences/swissprot201401_nr60k_le1022.fasta.gz
+DMS ?= $(wildcard ../shared/data/dms)
+
+.PHONY: demo family test lint types unit wheel clean
 
 $(BIN)/protnest: pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
@@ -23,8 +27,14 @@ $(VENV)/test: $(BIN)/protnest pyproject.toml
 	@touch $@
 
 demo: $(BIN)/protnest
-	rm -rf out/demo
+	rm -rf out/demo out/demo-nested
 	$(BIN)/protnest embed examples/proteins.fasta --out out/demo
+	$(BIN)/protnest embed examples/proteins.fasta --out out/demo-nested --chain nano
+	$(BIN)/protnest score --wt examples/proteins.fasta --target 'tr|F7I569|F7I569_CALJA' --all-singles --model nano-m --out out/demo/scores.csv
+	$(BIN)/protnest generate -n 5 --max-residues 120 --out out/demo/designs.fasta
+
+family: $(BIN)/protnest
+	$(BIN)/protnest train-family $(DATA) --out out/family $(if $(DMS),--dms $(DMS))
 
 test: lint types unit wheel
 

@@ -30,7 +30,7 @@ setup(
     packages=[f"protnest.{folder.replace('/', '.')}" for folder in FOLDERS],
     package_dir={f"protnest.{folder.replace('/', '.')}": folder for folder in FOLDERS},
     package_data={
-        "protnest.engine": ["py.typed", "bundled/*/*", "pages/*"],
+        "protnest.engine": ["py.typed", "bundled/*", "bundled/*/*", "pages/*"],
         "protnest.kernels": ["py.typed"],
         "protnest.training": ["py.typed"],
         "protnest.benchmarks": ["py.typed"],

@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .atomic import write_atomically
-from .config import PUBLISHED
+from .config import BUNDLED_CHAINS, BUNDLED_FOLDER, PUBLISHED
 from .errors import InputError
 from .family import Member
 
@@ -259,15 +259,22 @@ class Chain:
     def load(cls, path: str | Path) -> Chain:
         """Reads a chain file.
 
+        Args:
+            path: a bundled chain's name (`nano`), which comes before a file of that name; or a file.
+
         Raises:
             InputError: it is missing, damaged, no chain, or of a schema version that this release does not know.
         """
+        is_bundled = str(path) in BUNDLED_CHAINS
+        path = BUNDLED_FOLDER / f"{path}.chain" if is_bundled else path
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
         except FileNotFoundError as error:
-            message = "no such file; `protnest fit-chain` writes one"
+            message = f"no such file; `protnest fit-chain` writes one; bundled chains: {', '.join(BUNDLED_CHAINS)}"
+            if is_bundled:
+                message = "no such file, though it belongs to this package"
             raise InputError(message, file=path) from error
         except (SafetensorError, OSError) as error:
             message = f"not a readable chain ({error})"

@@ -172,7 +172,8 @@ def embed(
     out: Annotated[Path, typer.Option(help="Folder for the embeddings; an unfinished run in it is resumed.")],
     model: Models = None,
     chain: Annotated[
-        Path | None, typer.Option(help="Chain file of `fit-chain`: makes one nested row of several models' embeddings.")
+        Path | None,
+        typer.Option(help="Chain file of `fit-chain`, or `nano`: makes one nested row of several models' embeddings."),
     ] = None,
     dims: Annotated[
         int | None,

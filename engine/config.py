@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from .alphabet import MASK_ID, PAD_ID, TOKENS
@@ -80,6 +81,12 @@ BUNDLED: dict[str, EncoderConfig] = {
     "nano-m": EncoderConfig(layers=6, width=256, heads=8, feedforward=1024),
 }
 """The encoders inside the package."""
+
+BUNDLED_CHAINS: dict[str, tuple[str, ...]] = {"nano": ("nano-xs", "nano-s", "nano-m")}
+"""The nesting chains inside the package, and the bundled models that each runs."""
+
+BUNDLED_FOLDER = Path(__file__).parent / "bundled"
+"""Holds a folder for each bundled model, and NAME.chain for each chain."""
 
 # What ESM-2 is, in the words of a Hugging Face config.json. A checkpoint that says otherwise is another architecture.
 _HF_FIXED: dict[str, tuple[Any, ...]] = {

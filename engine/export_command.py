@@ -22,7 +22,8 @@ def export(
         ),
     ] = None,
     chain: Annotated[
-        Path | None, typer.Option(help="Chain file of `fit-chain`: its projection becomes part of the graph.")
+        Path | None,
+        typer.Option(help="Chain file of `fit-chain`, or `nano`: its projection becomes part of the graph."),
     ] = None,
     target: Annotated[Literal["onnx"], typer.Option(help="What is written.")] = "onnx",
     precision: Annotated[Literal["fp32", "fp16"], typer.Option(help="Of the matrix products.")] = "fp32",

@@ -34,6 +34,7 @@ from typing import Any
 
 from .alphabet import TOKENS
 from .config import BUNDLED, PUBLISHED, EncoderConfig, config_from_huggingface
+from .decoder_config import BUNDLED_DECODERS
 from .errors import InputError
 
 SPECIAL_TOKENS = 2
@@ -159,6 +160,9 @@ def known_config(model: str) -> EncoderConfig:
     found = BUNDLED.get(model) or PUBLISHED.get(model.removeprefix("facebook/"))
     if found is not None:
         return found
+    if model in BUNDLED_DECODERS:
+        message = f"{model} is a decoder; what is counted here is an encoder's memory"
+        raise InputError(message)
     file = Path(model).expanduser() / "config.json"
     try:
         settings: Any = json.loads(file.read_text(encoding="utf-8"))

@@ -20,8 +20,10 @@ _MOST_TRIES = 10
 
 
 def generate(
-    model: Annotated[str, typer.Option(help="A decoder: folder in Hugging Face layout, or nferruz/ProtGPT2.")],
     out: Annotated[Path, typer.Option(help="FASTA file; each header holds length and perplexity.")],
+    model: Annotated[
+        str, typer.Option(help="A decoder: bundled name, folder in Hugging Face layout, or nferruz/ProtGPT2.")
+    ] = "nano-gpt",
     count: Annotated[int, typer.Option("-n", "--count", help="Sequences.", min=1)] = 100,
     min_residues: Annotated[int, typer.Option(help="Least residues of each.", min=1)] = 1,
     max_residues: Annotated[

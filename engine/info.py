@@ -15,8 +15,9 @@ from ..kernels import extension
 from ..kernels.cpu_kernels import cpu_level
 from ..kernels.hardware import multiplies_bf16
 from ..kernels.quantised_linear import why_not_int8
-from .config import BUNDLED, PUBLISHED
+from .config import BUNDLED, BUNDLED_CHAINS, PUBLISHED
 from .cpus import usable_cpus
+from .decoder_config import BUNDLED_DECODERS
 from .device import precision_name, resolve_device, resolve_precision
 
 _PACKAGES = ("protnest", "torch", "numpy", "safetensors", "pyarrow", "dnaio")
@@ -61,6 +62,8 @@ def describe() -> dict[str, dict[str, Any]]:
         },
         "models": {
             "bundled": ", ".join(f"{name} ({config.width})" for name, config in BUNDLED.items()),
+            "bundled decoders": ", ".join(f"{name} ({config.width})" for name, config in BUNDLED_DECODERS.items()),
+            "bundled chains": ", ".join(f"{name} ({' -> '.join(of)})" for name, of in BUNDLED_CHAINS.items()),
             "published": ", ".join(PUBLISHED),
         },
     }

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from .checkpoint import build_encoder, canonical_tensors, read_checkpoint, read_settings
-from .config import BUNDLED, PUBLISHED, config_from_huggingface
+from .config import BUNDLED, BUNDLED_FOLDER, PUBLISHED, config_from_huggingface
 from .decoder import Decoder
 from .decoder_checkpoint import read_decoder
+from .decoder_config import BUNDLED_DECODERS
 from .device import resolve_device, resolve_precision
 from .encoder import Encoder
 from .errors import InputError
@@ -23,7 +24,7 @@ from .quantise_decoder import quantised_decoder
 _logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "nano-s"
-_BUNDLED_FOLDER = Path(__file__).parent / "bundled"
+DEFAULT_DECODER = "nano-gpt"
 _HUB_OWNER = "facebook"
 PUBLISHED_DECODER = "nferruz/ProtGPT2"
 _ENCODER_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
@@ -36,9 +37,10 @@ def load_model(
     """Loads an encoder or a decoder, whichever the checkpoint holds.
 
     Args:
-        model: a bundled name (`nano-xs`, `nano-s`), a folder in Hugging Face layout, a fair-esm `.pt` file, or a
-            published name (`esm2_t33_650M_UR50D`, `nferruz/ProtGPT2`), which is fetched once when online. A folder or
-            file of that name comes before a published one.
+        model: a bundled name (encoders `nano-xs`, `nano-s`, `nano-m`; decoder `nano-gpt`), a folder in Hugging Face
+            layout, a fair-esm `.pt` file, or a published name (`esm2_t33_650M_UR50D`, `nferruz/ProtGPT2`), which is
+            fetched once when online. A folder or file of that name comes before a published one, and after a bundled
+            one.
         device: "auto", "cpu", "cuda" or "cuda:N".
         precision: "auto" (bf16 where the hardware has it, else fp32), "fp32", "bf16", "fp16" (GPUs only) or "int8"
             (CPUs only; integer products, see `protnest.engine.quantise`).
@@ -73,7 +75,7 @@ def load_encoder(model: str | Path = DEFAULT_MODEL, *, device: str = "auto", pre
     return found
 
 
-def load_decoder(model: str | Path, *, device: str = "auto", precision: str = "auto") -> Decoder:
+def load_decoder(model: str | Path = DEFAULT_DECODER, *, device: str = "auto", precision: str = "auto") -> Decoder:
     """`load_model` for whoever needs a decoder.
 
     Raises:
@@ -81,17 +83,15 @@ def load_decoder(model: str | Path, *, device: str = "auto", precision: str = "a
     """
     found = load_model(model, device=device, precision=precision)
     if not isinstance(found, Decoder):
-        message = (
-            f"{found.name} is an encoder, which cannot generate; this takes a decoder, such as {PUBLISHED_DECODER}"
-        )
+        message = f"{found.name} is an encoder, which cannot generate; this takes a decoder, such as {DEFAULT_DECODER}"
         raise InputError(message)
     return found
 
 
 def _read(model: str | Path) -> tuple[Encoder | Decoder, list[str]]:
     name = str(model)
-    if name in BUNDLED:
-        return read_checkpoint(_BUNDLED_FOLDER / name, name=name)
+    if name in BUNDLED or name in BUNDLED_DECODERS:
+        return _read_folder(BUNDLED_FOLDER / name, name)
     path = Path(model).expanduser()
     if path.is_dir():
         return _read_folder(path, path.name)
@@ -105,11 +105,12 @@ def _read(model: str | Path) -> tuple[Encoder | Decoder, list[str]]:
         return read_checkpoint(_fetch(f"{_HUB_OWNER}/{published}", _ENCODER_FILES), name=published)
     if name == PUBLISHED_DECODER:
         return _read_folder(_fetch(name, _DECODER_FILES), name)
-    known = [*BUNDLED, *PUBLISHED, PUBLISHED_DECODER]
+    bundled = [*BUNDLED, *BUNDLED_DECODERS]
+    known = [*bundled, *PUBLISHED, PUBLISHED_DECODER]
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     message = (
-        f"no model {name!r}: {hint}it is neither a bundled name ({', '.join(BUNDLED)}), nor a folder or .pt file here, "
+        f"no model {name!r}: {hint}it is neither a bundled name ({', '.join(bundled)}), nor a folder or .pt file here, "
         f"nor a published name ({', '.join([*PUBLISHED, PUBLISHED_DECODER])})"
     )
     raise InputError(message)

@@ -53,7 +53,8 @@ def score(
         Path | None, typer.Option(help="A ridge head of `probe --save`, in place of the method.", show_default="none")
     ] = None,
     chain: Annotated[
-        Path | None, typer.Option(help="With --head: the chain whose rows it reads.", show_default="none")
+        Path | None,
+        typer.Option(help="With --head: the chain whose rows it reads, a file or `nano`.", show_default="none"),
     ] = None,
     aggregate: Annotated[
         Literal["mean", "median", "min", "max"], typer.Option(help="How an ensemble's scores become one.")

@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import pytest
 
@@ -95,6 +95,23 @@ def test_setup_lists_every_package() -> None:
         for path in (ROOT / folder).rglob("__init__.py")
     }
     assert packaged == there
+
+
+def test_setup_packages_everything_bundled() -> None:
+    script = (
+        "import setuptools, json; keep = {}; setuptools.setup = lambda **given: keep.update(given); "
+        "exec(compile(open('setup.py').read(), 'setup.py', 'exec')); print(json.dumps(keep['package_data']))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    import json
+
+    patterns = json.loads(done.stdout)["protnest.engine"]
+    shipped = {path for path in _git_files() if path.startswith("engine/bundled/")}
+    shipped |= {"engine/bundled/nano.chain", "engine/bundled/nano-m/README.md"}
+    for path in shipped:
+        name = PurePath(path).relative_to("engine")
+        is_packaged = any(len(PurePath(each).parts) == len(name.parts) and name.match(each) for each in patterns)
+        assert is_packaged, f"{path} is in no wheel: package_data has {patterns}"
 
 
 def test_readme_map_names_every_file() -> None:

@@ -153,7 +153,9 @@ def probe(
         Path, typer.Option(help="CSV, plain or .gz: `mutant` (A24G, several joined with :) and a score.")
     ],
     models: Annotated[str, typer.Option(help="Names, folders or .pt files joined by commas, smallest first.")],
-    chain: Annotated[list[Path] | None, typer.Option(help="Chain file of these models; again for a naive one.")] = None,
+    chain: Annotated[
+        list[Path] | None, typer.Option(help="Chain file of these models, or `nano`; again for a naive one.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Id of the wild type, where the FASTA file holds several.")] = None,
     column: Annotated[str, typer.Option(help="The score's column.")] = "DMS_score",
     variants: Annotated[
@@ -290,7 +292,9 @@ def probe_labels(
     mask: Annotated[
         Path | None, typer.Option(help="FASTA file with 0 for each residue whose state does not count, else 1.")
     ] = None,
-    chain: Annotated[list[Path] | None, typer.Option(help="Chain file of these models; again for a naive one.")] = None,
+    chain: Annotated[
+        list[Path] | None, typer.Option(help="Chain file of these models, or `nano`; again for a naive one.")
+    ] = None,
     train: Annotated[
         int | None, typer.Option(help="At most so many proteins to train on, at random.", min=1, show_default="all")
     ] = None,

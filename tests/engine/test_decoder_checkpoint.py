@@ -319,7 +319,7 @@ def test_an_encoder_is_recognised(tmp_path: Path) -> None:
     save_checkpoint(hostile_encoder(1, 16, 2), tmp_path / "esm")
     for load in (load_model, load_encoder):
         assert isinstance(load(tmp_path / "esm", device="cpu", precision="fp32"), Encoder)
-    with pytest.raises(InputError, match=r"esm is an encoder, which cannot generate; .* such as nferruz/ProtGPT2$"):
+    with pytest.raises(InputError, match=r"esm is an encoder, which cannot generate; .* such as nano-gpt$"):
         load_decoder(tmp_path / "esm", device="cpu", precision="fp32")
 
 

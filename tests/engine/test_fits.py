@@ -105,6 +105,8 @@ def test_folders_are_read_without_their_weights(tmp_path: Path) -> None:
         known_config(str(folder))
     with pytest.raises(InputError, match="no model 'esm3'"):
         known_config("esm3")
+    with pytest.raises(InputError, match="nano-gpt is a decoder; what is counted here is an encoder's memory"):
+        known_config("nano-gpt")
 
 
 @pytest.mark.parametrize("wrong", [{"precision": "fp8"}, {"device": "tpu"}])

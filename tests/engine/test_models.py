@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import subprocess
@@ -10,16 +11,26 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants
-from protnest.engine import Encoder, InputError, load_model
+from protnest.engine import Chain, Embedder, Encoder, InputError, load_model, read_embeddings
 from protnest.engine import models as models_file
 from protnest.engine.checkpoint import save_checkpoint
-from protnest.engine.config import BUNDLED, PUBLISHED
+from protnest.engine.cli import app
+from protnest.engine.config import BUNDLED, BUNDLED_CHAINS, BUNDLED_FOLDER, PUBLISHED
+from protnest.engine.decoder import Decoder
+from protnest.engine.decoder_checkpoint import save_decoder
+from protnest.engine.decoder_config import BUNDLED_DECODERS
 from protnest.engine.encoder import LanguageModelHead
+from protnest.engine.info import describe
+from protnest.engine.models import load_decoder, load_encoder
+from typer.testing import CliRunner
 
 from support.esm2_models import assert_same_encoder, hostile_encoder
+from support.families import random_chain, tiny_family
+from support.learning import toy_decoder
 
 PUBLISHED_NAME = "esm2_t6_8M_UR50D"
 
@@ -66,10 +77,14 @@ def test_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same_encoder(load_model("~/tiny", device="cpu", precision="fp32"), encoder)
 
 
+def _skip_without(name: str) -> None:
+    if not (BUNDLED_FOLDER / name).exists():
+        pytest.skip(f"{name}: not bundled here yet")
+
+
 @pytest.mark.parametrize("name", BUNDLED)
 def test_bundled(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    if not (models_file._BUNDLED_FOLDER / name).is_dir():
-        pytest.skip(f"{name} is not in the package yet")
+    _skip_without(name)
     # A folder of that name in the working directory does not come between.
     (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path)
@@ -79,8 +94,136 @@ def test_bundled(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert isinstance(encoder.head, LanguageModelHead)
 
 
-def test_default_is_bundled() -> None:
+@pytest.mark.parametrize("name", BUNDLED_DECODERS)
+def test_bundled_decoder(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    _skip_without(name)
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    decoder = load_decoder(name, device="cpu", precision="fp32")
+    assert decoder.config == BUNDLED_DECODERS[name]
+    assert decoder.name == name
+    assert decoder.vocabulary.tokens[4:7] == ("L", "A", "G")
+
+
+@pytest.mark.parametrize("name", BUNDLED_CHAINS)
+def test_bundled_chain(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    _skip_without(f"{name}.chain")
+    (tmp_path / name).write_text("no chain")
+    monkeypatch.chdir(tmp_path)
+    chain = Chain.load(name)
+    assert tuple(model.name for model in chain.models) == BUNDLED_CHAINS[name]
+    # The very weights that lie beside it: another hash would be refused here.
+    emb = Embedder([load_encoder(each, device="cpu", precision="fp32") for each in BUNDLED_CHAINS[name]], chain=chain)
+    assert emb.dims == tuple(BUNDLED[each].width for each in BUNDLED_CHAINS[name])
+    assert emb.embed(["MKTAYIAKQR"]).shape == (1, emb.dims[-1])
+    assert not any("/" in str(value) for value in chain.data.values()), "a path of the machine that it was made on"
+
+
+@pytest.mark.parametrize("name", [*BUNDLED, *BUNDLED_DECODERS])
+def test_bundled_card(name: str) -> None:
+    _skip_without(f"{name}/README.md")
+    card = (BUNDLED_FOLDER / name / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\nlicense: mit\n")
+    assert f"\n# {name}\n" in card
+    assert f"**{name}** | " in card, "its own perplexity"
+    assert "-dirty" not in card, "figures of code that nobody else has"
+    report = json.loads((BUNDLED_FOLDER / name / "training.json").read_text(encoding="utf-8"))
+    named = [report.get("student"), report.get("teacher"), report.get("recipe", {}).get("init")]
+    assert not any("/" in each for each in named if each), "a path of the machine that it was trained on"
+
+
+def test_defaults_are_bundled() -> None:
     assert models_file.DEFAULT_MODEL in BUNDLED
+    assert models_file.DEFAULT_DECODER in BUNDLED_DECODERS
+    for models in BUNDLED_CHAINS.values():
+        assert set(models) <= set(BUNDLED)
+    assert not {*BUNDLED} & {*BUNDLED_DECODERS}
+
+
+# Bundled names, with others' weights in the package's place
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package whose models are tiny ones, and a working directory whose files have the same names."""
+    from protnest.engine import chain as chain_file
+
+    bundled = tmp_path / "bundled"
+    family = tiny_family()
+    for name, encoder in zip(BUNDLED_CHAINS["nano"], family, strict=True):
+        encoder.name = name
+        save_checkpoint(encoder, bundled / name)
+    save_decoder(toy_decoder(), bundled / "nano-gpt")
+    random_chain(family).save(bundled / "nano.chain")
+    for file in (models_file, chain_file):
+        monkeypatch.setattr(file, "BUNDLED_FOLDER", bundled)
+    (tmp_path / "here").mkdir()
+    save_decoder(toy_decoder(1), tmp_path / "here" / "nano-gpt")
+    (tmp_path / "here" / "nano").write_text("no chain")
+    monkeypatch.chdir(tmp_path / "here")
+    return bundled
+
+
+def test_a_bundled_decoder_comes_before_a_folder(package: Path) -> None:
+    found = load_model("nano-gpt", device="cpu", precision="fp32")
+    assert isinstance(found, Decoder)
+    assert found.name == "nano-gpt"
+    expected, other = (
+        load_model(each, device="cpu", precision="fp32") for each in (package / "nano-gpt", "./nano-gpt")
+    )
+    assert found.fingerprint == expected.fingerprint != other.fingerprint
+    assert load_decoder(device="cpu").fingerprint == expected.fingerprint
+
+
+def test_a_bundled_chain_comes_before_a_file(package: Path) -> None:
+    expected = Chain.load(package / "nano.chain").fingerprint
+    assert Chain.load("nano").fingerprint == Chain.load(Path("nano")).fingerprint == expected
+    with pytest.raises(InputError, match="not a readable chain"):
+        Chain.load(Path("nano").absolute())
+
+
+def test_unknown_chain_names_are_told_the_bundled_ones(package: Path) -> None:
+    with pytest.raises(InputError, match=r"^nanu: no such file; .* writes one; bundled chains: nano$"):
+        Chain.load("nanu")
+    (package / "nano.chain").unlink()
+    with pytest.raises(InputError, match=r"bundled/nano\.chain: no such file, though it belongs to this package$"):
+        Chain.load("nano")
+
+
+@pytest.mark.parametrize("words", [[], ["--dims", "16"]], ids=["whole", "cut"])
+def test_a_bundled_chain_finds_its_models(package: Path, words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "in.fasta").write_text(">a\nMKTAYIAKQR\n>b\nGSHM\n")
+    given = ["embed", str(tmp_path / "in.fasta"), "--out", str(tmp_path / "out"), "--chain", "nano", *words]
+    done = CliRunner().invoke(app, [*given, "--precision", "fp32", "--device", "cpu"])
+    assert done.exit_code == 0, done.output
+    names = BUNDLED_CHAINS["nano"][:1] if words else BUNDLED_CHAINS["nano"]
+    family = [load_encoder(name, device="cpu", precision="fp32") for name in names]
+    expected = Embedder(family, chain=Chain.load(package / "nano.chain"), pool="mean").embed(["MKTAYIAKQR", "GSHM"])
+    assert np.array_equal(np.asarray(read_embeddings(tmp_path / "out").array), expected)
+
+
+def test_generate_takes_the_bundled_decoder(package: Path, tmp_path: Path) -> None:
+    given = ["generate", "--out", str(tmp_path / "a.fasta"), "-n", "3", "--max-residues", "9", "--json"]
+    done = CliRunner().invoke(app, given)
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    assert (report["model"], report["sequences"]) == ("nano-gpt", 3)
+
+
+def test_score_takes_the_bundled_decoder(package: Path, tmp_path: Path) -> None:
+    (tmp_path / "wt.fasta").write_text(">a\nMKTAY\n")
+    given = ["score", "--wt", str(tmp_path / "wt.fasta"), "--all-singles", "--out", str(tmp_path / "a.csv"), "--json"]
+    done = CliRunner().invoke(app, [*given, "--model", "nano-gpt", "--method", "pseudo-ll"])
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    assert (report["models"], report["scored"]) == (["nano-gpt"], 95)
+
+
+def test_info_names_everything_bundled() -> None:
+    models = describe()["models"]
+    assert "nano-m (256)" in models["bundled"]
+    assert models["bundled decoders"] == "nano-gpt (192)"
+    assert models["bundled chains"] == "nano (nano-xs -> nano-s -> nano-m)"
 
 
 @pytest.mark.parametrize(
@@ -89,6 +232,7 @@ def test_default_is_bundled() -> None:
         ("esm2_t6_8M", "did you mean 'esm2_t6_8M_UR50D'? "),
         ("esm2_t33_650M_UR50S", "did you mean 'esm2_t33_650M_UR50D'? "),
         ("nano_s", "did you mean 'nano-s'? "),
+        ("nano-gp", "did you mean 'nano-gpt'? "),
         ("/no/such/folder/at/all", ""),
         ("qqqq", ""),
     ],
@@ -96,8 +240,9 @@ def test_default_is_bundled() -> None:
 def test_unknown_name(name: str, hint: str) -> None:
     with pytest.raises(InputError) as caught:
         load_model(name, device="cpu")
-    assert caught.value.problem.startswith(f"no model {name!r}: {hint}it is neither a bundled name (nano-xs, nano-s)")
-    for known in (*BUNDLED, *PUBLISHED):
+    bundled = "a bundled name (nano-xs, nano-s, nano-m, nano-gpt)"
+    assert caught.value.problem.startswith(f"no model {name!r}: {hint}it is neither {bundled}")
+    for known in (*BUNDLED, *BUNDLED_DECODERS, *PUBLISHED):
         assert known in caught.value.problem
 
 
