@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from protnest.benchmarks.finetune_study_report import study_figure, study_markdo
 from protnest.engine.decoder_config import DecoderConfig
 from protnest.engine.errors import InputError
 from protnest.engine.fasta import read_fasta
+from protnest.training.finetuning import FinetuneConfig
 from typer.testing import CliRunner
 
 from support.learning import save_toy, toy_decoder, toy_encoder
@@ -27,8 +29,12 @@ pytest.importorskip("parasail")
 APP = typer.Typer()
 APP.command()(study_finetune.measure)
 DECODER = DecoderConfig(layers=1, width=16, heads=2, feedforward=32, vocabulary=33, places=96)
-PLAN = StudyPlan(sizes=(20, 1000), epochs=3, seen=70, designs=12, judged=6)
-MEMBERS, _ = planted_families(12, 8, kept=0.95, residues=72, seed=2)
+PLAN = StudyPlan(sizes=(20, 1000), epochs=3, seen=70, designs=12, judged=6, identity=0.65)
+# Two large clusters, which only training has room for, and three of eight, one for each share.
+MEMBERS = [
+    *planted_families(2, 34, kept=0.95, residues=72, seed=2)[0],
+    *planted_families(3, 8, kept=0.95, residues=72, seed=3)[0],
+]
 
 
 @pytest.fixture(scope="module")
@@ -57,14 +63,15 @@ def study(
     out, shares = tmp_path_factory.mktemp("study"), dict[str, list[str]]()
     real = finetune_study.finetune
 
-    def watched(model: Any, data: Path, work: Path, *rest: Any, **options: Any) -> Any:
-        report = real(model, data, work, *rest, **options)
+    def watched(model: Any, data: Path, work: Path, config: FinetuneConfig, **options: Any) -> Any:
+        assert (config.method, config.identity, config.judged, config.seed) == ("full", 0.65, 6, 1)
+        report = real(model, data, work, config, **options)
         for share in ("train", "test"):
             shares[f"{work.name} {share}"] = [each.sequence for each in read_fasta(work / f"{share}.fasta")]
         return report
 
     models = [read_model(name, folder) for name, folder in toys.items()]
-    cells = plan_cells(models, [read_study_family(fasta, out, PLAN, seed=0)], PLAN, out)
+    cells = plan_cells(models, [read_study_family(fasta, out, PLAN, seed=1)], PLAN, out)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(finetune_study, "finetune", watched)
         return out, cells, run_cells(cells), shares
@@ -81,7 +88,7 @@ def test_epochs_are_fewer_where_proteins_are_many() -> None:
 def test_a_family_is_filtered_split_and_known(family: StudyFamily) -> None:
     everyone = [*family.shares.train.sequences, *family.shares.validation.sequences, *family.shares.test.sequences]
     assert sorted(everyone) == sorted(MEMBERS)
-    assert (family.name, family.facts["found"], family.facts["kept"]) == ("planted", 99, 96)
+    assert (family.name, family.facts["found"], family.facts["kept"]) == ("planted", 95, 92)
     lengths = [len(each) for each in family.shares.train.sequences]
     assert family.limits == (min(lengths), max(lengths))
     assert family.sizes == (20, len(lengths))
@@ -130,7 +137,7 @@ def test_cells_hold_what_was_asked(study: tuple[Path, list[Cell], list[dict[str,
     ]
     for cell, row in zip(cells, rows, strict=True):
         assert json.loads(cell.path.read_text()) == row
-        assert (row["suite"], row["family"], row["seed"], row["device"]) == ("finetune", "planted", 0, "cpu")
+        assert (row["suite"], row["family"], row["seed"], row["device"]) == ("finetune", "planted", 1, "cpu")
         assert [each["temperature"] for each in row["designs"]] == [1.0, 0.7]
         for each in row["designs"]:
             path = out / "designs" / f"{cell.name}-t{each['temperature']:g}.fasta"
@@ -140,6 +147,8 @@ def test_cells_hold_what_was_asked(study: tuple[Path, list[Cell], list[dict[str,
             assert max(lengths) <= cell.family.limits[1]
             assert each["residues"]["value"] == pytest.approx(sum(lengths) / 12)
             assert each["at_most"]["value"] == sum(each == cell.family.limits[1] for each in lengths) / 12
+        one, other = ((out / "designs" / f"{cell.name}-t{each}.fasta").read_text() for each in ("1", "0.7"))
+        assert one != other
     assert [row["settings"]["epochs"] for row in rows] == [0, 0, 3, 3, 1, 1]
     assert [row.get("epochs") for row in rows] == [None, None, 3, 3, 1, 1]
     assert not list((out / "work").iterdir())
@@ -191,11 +200,14 @@ def test_a_fine_tuning_that_is_done_is_not_repeated(
     family: StudyFamily, toys: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A kill between tuning and generating."""
-    cell = Cell(read_model("one", toys["one"]), family, 20, PLAN, tmp_path)
+    model = read_model("one", toys["one"])
+    earlier, cell = (Cell(model, family, 20, plan, tmp_path) for plan in (replace(PLAN, epochs=1), PLAN))
     with monkeypatch.context() as patch:
         patch.setattr(Cell, "_designs", lambda *given: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            cell.run()
+        # What an earlier study with other settings left there is thrown away.
+        for each in (earlier, cell):
+            with pytest.raises(ZeroDivisionError):
+                each.run()
     assert not cell.path.exists()
     written = (tmp_path / "work" / cell.name / "training.json").stat().st_mtime_ns
     seen = []
@@ -206,7 +218,7 @@ def test_a_fine_tuning_that_is_done_is_not_repeated(
         return real(folder, **options)
 
     monkeypatch.setattr(finetune_study, "load_decoder", watched)
-    cell.run()
+    assert cell.run()["epochs"] == 3
     assert seen == [written]
     assert not (tmp_path / "work" / cell.name).exists()
 
@@ -215,27 +227,27 @@ def test_cells_of_other_settings_are_refused(
     study: tuple[Path, list[Cell], list[dict[str, Any]], Any], toys: dict[str, Path], tmp_path: Path
 ) -> None:
     out, cells, _, _ = study
-    family, plan = cells[0].family, StudyPlan(sizes=(20, 1000), epochs=2, seen=70, designs=12, judged=6)
-    with pytest.raises(InputError, match=r"one-n20-s0\.json: was made under other settings \(epochs: 3 there, 2 now\)"):
+    family, plan = cells[0].family, replace(PLAN, epochs=2)
+    with pytest.raises(InputError, match=r"one-n20-s1\.json: was made under other settings \(epochs: 3 there, 2 now\)"):
         run_cells(plan_cells([cells[0].model], [family], plan, out))
     swapped = read_model("one", toys["other"])
-    with pytest.raises(InputError, match=r"one-n0-s0\.json: was made under other settings \(model: "):
+    with pytest.raises(InputError, match=r"one-n0-s1\.json: was made under other settings \(model: "):
         run_cells(plan_cells([swapped], [family], PLAN, out))
     for text in ("{", "[]", '{"n": 3}'):
         cell = Cell(cells[0].model, family, 0, PLAN, tmp_path)
         cell.path.parent.mkdir(exist_ok=True)
         cell.path.write_text(text)
-        with pytest.raises(InputError, match=r"n0-s0\.json: is no cell of a study"):
+        with pytest.raises(InputError, match=r"n0-s1\.json: is no cell of a study"):
             cell.read()
 
 
 def test_the_table_says_what_the_rows_say(study: tuple[Path, list[Cell], list[dict[str, Any]], Any]) -> None:
     rows = study[2]
     text = study_markdown(rows)
-    assert "## planted, seed 0" in text
-    assert "96 of 99 proteins kept by length; clusters by kmers at 0.7: 12, the largest has 8;" in text
+    assert "## planted, seed 1" in text
+    assert "92 of 95 proteins kept by length; clusters by kmers at 0.65: 5, the largest has 34;" in text
     assert "6 of 8 to judge by" in text
-    assert "100.0 (95.4 to 100.0) of the training share and 0.0 (0.0 to 32.4) of the test share" in text
+    assert "100.0 (95.2 to 100.0) of the training share and 0.0 (0.0 to 32.4) of the test share" in text
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
     assert len(lines) == 2 + len(rows)
     assert {len(line) for line in lines} == {15}
@@ -248,6 +260,7 @@ def test_the_table_says_what_the_rows_say(study: tuple[Path, list[Cell], list[di
         assert line[7] == f"{row['designs'][0]['residues']['value']:.0f}"
     # Three epochs, not stopped by validation.
     assert [line[13] for line in lines[2:6]] == ["", "", "3+ (3)", "3+ (3)"]
+    assert "| 3 (3) |" in study_markdown([row | {"stopped_early": True} for row in rows])
     seeds = [row | {"seed": seed} for seed in (0, 1) for row in rows]
     assert study_markdown(seeds).count("## planted, seed") == 2
 
@@ -304,7 +317,7 @@ def test_skipped_sizes_are_named(
         APP, [*models, "--family", str(fasta), "--out", str(tmp_path / "out"), "--n", "20,500,1000"]
     )
     assert done.exit_code == 0, done.output
-    assert "skipped: N = 500, 1000, all 80 stand in" in done.output
+    assert "skipped: N = 500, 1000, all 76 stand in" in done.output
 
 
 @pytest.mark.parametrize(
@@ -341,8 +354,8 @@ def test_what_cannot_be_studied(fasta: Path, toys: dict[str, Path], tmp_path: Pa
     fails("few.fasta: 8 of 8 proteins have 60 to 300 residues: 1 clusters", data=few)
     short = write_fasta(tmp_path / "short.fasta", ["MKTAYIAK", "MKT"])
     fails("short.fasta: 0 of 2 proteins have 60 to 300 residues", data=short)
-    small, _ = planted_families(4, 4, kept=0.95, residues=72, seed=2)
+    lone = [each for each in random_proteins(150, seed=5, longest=90) if len(each) > 60]
+    small = [*MEMBERS[:12], *lone[:4]]
     fails("proteins to train on, expected at least 20", data=write_fasta(tmp_path / "small.fasta", small))
-    strangers = [each for each in random_proteins(300, seed=5, longest=90) if len(each) > 60]
-    fails("no profile recognises 5 of", data=write_fasta(tmp_path / "strangers.fasta", strangers))
+    fails("no profile recognises 5 of", data=write_fasta(tmp_path / "lone.fasta", lone))
     assert not (out / "cells").exists()
