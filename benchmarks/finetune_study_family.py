@@ -43,7 +43,7 @@ class StudyPlan:
     sizes: tuple[int, ...] = SUBSETS
     seeds: int = 1
     epochs: int = 20
-    seen: int = 1500
+    seen: int = 1000
     designs: int = 200
     judged: int = 40
     residues: tuple[int, int] = (60, 300)
