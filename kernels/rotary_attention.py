@@ -66,7 +66,7 @@ def _turned(
     cos, sin = (part_PJ[places_T, None].to(qkv_TC.dtype) for part_PJ in table)
     qkv_THK = qkv_TC.view(T, 3 * heads, C // (3 * heads))
     # Queries and keys turn in one go; values do not turn. Split, not sliced: a slice's gradient fills a whole tensor.
-    both_THK, v_THK = torch.split(qkv_THK, (2 * heads, heads), dim=1)
+    both_THK, v_THK = torch.split(qkv_THK, [2 * heads, heads], dim=1)
     q_THK, k_THK = torch.split(apply_rotary(both_THK, cos, sin), heads, dim=1)
     return q_THK, k_THK, v_THK
 
