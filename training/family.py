@@ -62,9 +62,9 @@ STAGES: tuple[FamilyStage, ...] = (
     FamilyStage(name="nano-m", preset="nano-m", widened="seed-xs",
                 steps=3300, warmup=100, learning_rate=1.5e-3, schedule="cosine", seed=1),
     FamilyStage(name="nano-s", preset="nano-s", trained_on="seed-s", teacher="nano-m",
-                steps=1200, warmup=60, learning_rate=1e-3, schedule="cosine", seed=2),
+                steps=700, warmup=40, learning_rate=1e-3, schedule="cosine", seed=2),
     FamilyStage(name="nano-xs", preset="nano-xs", trained_on="seed-xs", teacher="nano-s",
-                steps=1500, warmup=60, learning_rate=1e-3, schedule="cosine", seed=3),
+                steps=700, warmup=40, learning_rate=1e-3, schedule="cosine", seed=3),
     FamilyStage(name="nano-gpt", preset="nano-gpt",
                 steps=3600, warmup=150, learning_rate=2e-3, schedule="cosine", seed=0),
 )

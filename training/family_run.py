@@ -18,6 +18,7 @@ from ..engine.device import precision_name, resolve_device, resolve_precision
 from ..engine.encoder import Encoder
 from ..engine.errors import InputError
 from ..engine.models import load_model
+from ..kernels.kd_options import KDOptions
 from .corpus import Share, read_shares
 from .distillation import RANDOM, Callbacks, DistillConfig, distill
 from .family import CHAIN, SOURCES, STAGES, FamilyStage
@@ -58,6 +59,8 @@ def stage_config(stage: FamilyStage, out: Path, *, scale: float = 1.0, precision
             seed=stage.seed,
             precision=precision,
         ),
+        # Neither regulariser helped encoders of this size: docs/results.md, "The controlled 2x2".
+        options=KDOptions(uncertainty=False, smooth=False),
     )
 
 
