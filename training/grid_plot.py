@@ -52,6 +52,8 @@ def _draw_synergy(axes: Any, found: dict[str, Any]) -> None:
     axes.set_yticks(range(len(shown)), [name for name, _ in shown])
     axes.set_ylim(max(1, len(shown)) - 0.5, -0.5)
     axes.set(xlabel="nats a residue, 95 %; below 0: they help", title="synergy")
+    # These numbers are long: more than four would run into each other.
+    axes.locator_params(axis="x", nbins=4)
 
 
 def draw_grid(path: Path, report: dict[str, Any]) -> None:
