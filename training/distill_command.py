@@ -74,6 +74,9 @@ def distill(
         int | None,
         typer.Option(help="An encoder's masks come again after so many epochs.", min=0, show_default="never; 4 cached"),
     ] = None,
+    mask_share: Annotated[
+        float, typer.Option(help="Of an encoder's residues that are asked for.", min=0.01, max=0.99)
+    ] = 0.15,
     cache: Annotated[
         Path | None, typer.Option(help="Folder for the teacher's answers, which is asked once for each.")
     ] = None,
@@ -199,6 +202,7 @@ def distill(
         options=options,
         rows=rows,
         mask_epochs=mask_epochs,
+        mask_share=mask_share,
         cache_top_k=cache_top_k,
         held_out=min(held_out, _QUICK_HELD_OUT) if quick else held_out,
     )

@@ -27,7 +27,8 @@ from ..kernels.kd_options import KDOptions
 from .causal_task import CausalTask, causal_corpus
 from .corpus import Share, read_shares
 from .distributed import ALONE, Processes, own_device
-from .masked_task import ROWS, MaskedTask
+from .masked_task import ROWS, MaskedTask, check_mask_share
+from .masking import ASKED
 from .order import BatchOrder
 from .row_task import RowTask
 from .student_judgement import judge
@@ -56,6 +57,7 @@ class DistillConfig:
         options: of the distillation loss.
         rows: an encoder's: "masked" or "all", see `MaskedTask`.
         mask_epochs: an encoder's masks come again after so many epochs, 0: never; by default never, with a cache 4.
+        mask_share: of an encoder's residues that are asked for, on average.
         cache_top_k: logits that a cache keeps of a row, where the vocabulary has more than 64 tokens.
         held_out: most proteins that the student is judged on.
 
@@ -71,6 +73,7 @@ class DistillConfig:
     options: KDOptions = dataclasses.field(default_factory=KDOptions)
     rows: str = "masked"
     mask_epochs: int | None = None
+    mask_share: float = ASKED
     cache_top_k: int = 64
     held_out: int = 1000
 
@@ -78,6 +81,7 @@ class DistillConfig:
         if self.rows not in ROWS:
             message = f"rows is {self.rows!r}; allowed: {', '.join(ROWS)}"
             raise InputError(message)
+        check_mask_share(self.mask_share)
         for name, least in (("epochs", 1), ("mask_epochs", 0), ("cache_top_k", 1), ("held_out", 1)):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < least):
@@ -159,7 +163,7 @@ def distill(
             "student": config.student,
             "teacher": None if taught_by is None else taught_by.name,
             "teacher_fingerprint": identity["teacher"],
-            "recipe": _recipe(config, plan.trainer, taught_by),
+            "recipe": _recipe(config, plan, taught_by),
             "processes": processes.world,
             "device": resolved.type,
             "torch": torch.__version__,
@@ -302,13 +306,17 @@ def _task(
         rows=config.rows,
         mask_epochs=(_CACHED_MASKS if masks_again else 0) if config.mask_epochs is None else config.mask_epochs,
         max_residues=context,
+        mask_share=config.mask_share,
     )
     return masked, {"context": context, "cropped_sequences": int((corpus.lengths_B > context + 2).sum())}
 
 
-def _recipe(config: DistillConfig, trainer: TrainerConfig, teacher: Encoder | Decoder | None) -> dict[str, Any]:
+def _recipe(config: DistillConfig, plan: _Plan, teacher: Encoder | Decoder | None) -> dict[str, Any]:
     """Of the settings those that took effect, as JSON."""
-    recipe = {**dataclasses.asdict(trainer), "betas": list(trainer.betas), "init": config.init, "epochs": config.epochs}
+    trainer = dataclasses.asdict(plan.trainer)
+    recipe = {**trainer, "betas": list(plan.trainer.betas), "init": config.init, "epochs": config.epochs}
+    if isinstance(plan.task, MaskedTask):
+        recipe["mask_share"] = config.mask_share
     if teacher is not None:
         recipe |= {**dataclasses.asdict(config.options), "rows": config.rows}
     return recipe

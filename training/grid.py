@@ -144,7 +144,10 @@ class _Grid:
             "teacher": model_fingerprint(taught_by),
             "data": hashlib.blake2b(text.encode(), digest_size=16).hexdigest(),
             **shared,
-            **{name: getattr(base, name) for name in ("vocabulary", "epochs", "rows", "cache_top_k", "held_out")},
+            **{
+                name: getattr(base, name)
+                for name in ("vocabulary", "epochs", "rows", "mask_share", "cache_top_k", "held_out")
+            },
             "mask_epochs": self._mask_epochs(),
             "cached": cache is not None,
         }

@@ -20,7 +20,7 @@ from ..engine.errors import InputError
 from ..engine.packing import ChosenRows, pack_tokens
 from ..kernels.kd_options import KDOptions
 from .corpus import Corpus, Tokens, crop
-from .masking import mask_tokens
+from .masking import ASKED, mask_tokens
 from .order import Index
 from .row_task import IGNORED, RowBatch, RowTask, Teacher
 from .streams import Stream, stream
@@ -41,9 +41,10 @@ class MaskedTask(RowTask):
             (accumulated batches are then weighed by their residues).
         mask_epochs: after so many epochs the same crops and masks come again; 0: never.
         max_residues: a longer sequence is cropped, at a place drawn anew with its masks; by default the model's length.
+        mask_share: of the residues that are asked for, on average.
 
     Raises:
-        InputError: the encoder has no head, or `rows` is unknown.
+        InputError: the encoder has no head, `rows` is unknown, or `mask_share` is not between 0 and 1.
     """
 
     model: Encoder
@@ -59,6 +60,7 @@ class MaskedTask(RowTask):
         rows: str = "masked",
         mask_epochs: int = 0,
         max_residues: int | None = None,
+        mask_share: float = ASKED,
     ) -> None:
         super().__init__(model, corpus, teacher=teacher, options=options)
         if model.head is None:
@@ -67,7 +69,8 @@ class MaskedTask(RowTask):
         if rows not in ROWS:
             message = f"rows is {rows!r}; allowed: {', '.join(ROWS)}"
             raise InputError(message)
-        self._seed, self._rows, self._mask_epochs = seed, rows, mask_epochs
+        check_mask_share(mask_share)
+        self._seed, self._rows, self._mask_epochs, self._mask_share = seed, rows, mask_epochs, mask_share
         self._max_residues = min(max_residues or model.config.max_residues, model.config.max_residues)
 
     @property
@@ -86,13 +89,14 @@ class MaskedTask(RowTask):
             "rows": self._rows,
             "mask_epochs": self._mask_epochs,
             "max_residues": self._max_residues,
+            "mask_share": self._mask_share,
         }
 
     def shown(self, number: int, mask: int) -> tuple[Tokens, Tokens, npt.NDArray[np.int64]]:
         """A sequence's tokens as they are, uint8 (L,), as they are shown, and the rows asked for, int64."""
         rng = stream(self._seed, Stream.MASKS, number, mask)
         tokens_L = crop(self.corpus[number], self._max_residues, rng)
-        return tokens_L, *mask_tokens(tokens_L, rng)
+        return tokens_L, *mask_tokens(tokens_L, rng, share=self._mask_share)
 
     def batch(self, numbers: Sequence[int], epoch: int) -> RowBatch:
         mask = epoch % self._mask_epochs if self._mask_epochs else epoch
@@ -111,6 +115,13 @@ class MaskedTask(RowTask):
             keys=tuple((number, mask) for number in numbers),
             soft=self._rows == "all",
         )
+
+
+def check_mask_share(mask_share: float) -> None:
+    """Raises InputError unless it is above 0 and below 1."""
+    if not 0 < mask_share < 1:
+        message = f"mask_share is {mask_share}, expected a number above 0 and below 1"
+        raise InputError(message)
 
 
 def _residues(tokens_L: Tokens) -> npt.NDArray[np.int64]:

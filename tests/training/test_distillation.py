@@ -104,6 +104,8 @@ def test_a_run_leaves_what_is_documented(models: dict[str, Path], fasta: Path, t
 
     assert report["teacher"] == f"{kind}teacher"
     recipe = {**asdict(config.trainer), **asdict(KDOptions()), "init": "random", "epochs": None, "rows": "masked"}
+    if not kind:
+        recipe["mask_share"] = 0.15
     assert report["recipe"] == json.loads(json.dumps(recipe))
     data = report["data"]
     assert (data["file"], data["train_sequences"], data["held_out_sequences"]) == ("in.fasta", 16, 3)
@@ -364,6 +366,7 @@ def test_data_without_sequences_is_refused(models: dict[str, Path], tmp_path: Pa
     [
         ({"rows": "some"}, "rows is 'some'; allowed: masked, all"),
         ({"epochs": 0}, "epochs is 0, expected a whole number of at least 1"),
+        ({"mask_share": 1.0}, "mask_share is 1.0, expected a number above 0 and below 1"),
         ({"mask_epochs": -1}, "mask_epochs is -1, expected a whole number of at least 0"),
         ({"cache_top_k": 2.5}, "cache_top_k is 2.5, expected a whole number of at least 1"),
         ({"held_out": 0}, "held_out is 0, expected a whole number of at least 1"),

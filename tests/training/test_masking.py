@@ -46,6 +46,14 @@ def test_shares_are_those_of_esm2() -> None:
         _assert_share(int((swapped == token).sum()), swapped.size, 1 / 20)
 
 
+@pytest.mark.parametrize("share", [0.05, 0.4])
+def test_more_or_less_may_be_asked_for(share: float) -> None:
+    tokens_T = _sequences(500, 400, token=X)
+    shown_T, rows = mask_tokens(tokens_T, np.random.default_rng(1), share=share)
+    _assert_share(rows.size, 200_000, share)
+    _assert_share(int((shown_T[rows] == MASK_ID).sum()), rows.size, 0.8)
+
+
 def test_asked_rows_lie_anywhere() -> None:
     tokens_T = _sequences(2000, 50)
     _, rows = mask_tokens(tokens_T, np.random.default_rng(2))

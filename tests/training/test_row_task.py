@@ -105,6 +105,14 @@ def test_another_epoch_shows_another_crop() -> None:
     assert len({tuple(task.shown(0, mask)[0].tolist()) for mask in range(12)}) > 4
 
 
+def test_more_may_be_masked() -> None:
+    few, many = (
+        MaskedTask(toy_encoder(), corpus_of(["ACDEFGHIKLMNPQRSTVWY"] * 50), seed=3, mask_share=share)
+        for share in (0.15, 0.6)
+    )
+    assert many.batch(range(50), 0).rows > 3 * few.batch(range(50), 0).rows
+
+
 def test_masks_come_again() -> None:
     task = MaskedTask(toy_encoder(), corpus_of(SEQUENCES), seed=3, mask_epochs=2)
     shown = [task.batch([0, 1, 2], epoch) for epoch in range(4)]
@@ -300,10 +308,11 @@ def test_the_identity_knows_all_that_decides() -> None:
         identity(teacher=False),
         identity(rows="all"),
         identity(mask_epochs=3),
+        identity(mask_share=0.3),
         identity(max_residues=10),
         *(identity(options=options) for options in OPTIONS.values() if options != KDOptions()),
     }
-    assert len(seen) == 5 + len(OPTIONS) - 1
+    assert len(seen) == 6 + len(OPTIONS) - 1
     # Without a teacher the loss's options have no effect.
     assert identity(teacher=False, options=KDOptions(alpha=0.1)) == identity(teacher=False)
 
