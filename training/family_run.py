@@ -60,7 +60,7 @@ def stage_config(stage: FamilyStage, out: Path, *, scale: float = 1.0, precision
             precision=precision,
         ),
         # Neither regulariser helped encoders of this size: docs/results.md, "The controlled 2x2".
-        options=KDOptions(uncertainty=False, smooth=False),
+        options=KDOptions() if stage.teacher is None else KDOptions(uncertainty=False, smooth=False),
     )
 
 

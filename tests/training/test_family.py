@@ -99,7 +99,8 @@ def test_a_stage_is_what_the_command_would_run(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(distillation, "distill", distill)
     by_hand = [
         ["--student", "nano-m", "--init", "{0}/seed-xs", "--steps", "3300", "--warmup", "100", "--seed", "1"],
-        ["--student", "{0}/seed-xs", "--teacher", "{0}/nano-s", "--steps", "1500", "--warmup", "60", "--seed", "3"],
+        ["--student", "{0}/seed-xs", "--teacher", "{0}/nano-s", "--no-uncertainty", "--no-smoothing"]
+        + ["--steps", "700", "--warmup", "40", "--seed", "3"],
         ["--student", "nano-gpt", "--steps", "3600", "--warmup", "150", "--seed", "0"],
     ]
     rates = {"nano-m": "0.0015", "nano-xs": "0.001", "nano-gpt": "0.002"}
