@@ -98,16 +98,15 @@ def test_a_stage_is_what_the_command_would_run(monkeypatch: pytest.MonkeyPatch, 
 
     monkeypatch.setattr(distillation, "distill", distill)
     by_hand = [
-        ["--student", "nano-m", "--init", "{0}/seed-xs", "--steps", "3300", "--warmup", "100", "--seed", "1"],
-        ["--student", "{0}/seed-xs", "--teacher", "{0}/nano-s", "--no-uncertainty", "--no-smoothing"]
-        + ["--steps", "700", "--warmup", "40", "--seed", "3"],
-        ["--student", "nano-gpt", "--steps", "3600", "--warmup", "150", "--seed", "0"],
+        "--student nano-m --init {0}/seed-xs --steps 3300 --warmup 100 --seed 1",
+        "--student {0}/seed-xs --teacher {0}/nano-s --no-uncertainty --no-smoothing --steps 700 --warmup 40 --seed 3",
+        "--student nano-gpt --steps 3600 --warmup 150 --seed 0",
     ]
     rates = {"nano-m": "0.0015", "nano-xs": "0.001", "nano-gpt": "0.002"}
     for (name, rate), words in zip(rates.items(), by_hand, strict=True):
         given = ["distill", "--data", "d", "--out", name, "--batch-tokens", "2048", "--learning-rate", rate]
         given += ["--schedule", "cosine", "--precision", "fp32", "--device", "cpu"]
-        CliRunner().invoke(app, [*given, *(word.format(tmp_path) for word in words)])
+        CliRunner().invoke(app, [*given, *words.format(tmp_path).split()])
         stage = next(each for each in STAGES if each.name == name)
         assert asked[-1][2] == stage_config(stage, tmp_path)
         assert asked[-1][0] == (None if stage.teacher is None else str(tmp_path / stage.teacher))
