@@ -25,7 +25,7 @@ from .family import CHAIN, SOURCES, STAGES, FamilyStage
 from .family_figures import FigureOptions, fit_family_chain, judge_members, rank_scans, read_scans
 from .model_card import CardFacts, TrainedStage, model_card
 from .trainer import TrainerConfig
-from .training_folder import REPORT_FILE
+from .training_folder import REPORT_FILE, read_json
 from .training_progress import TrainingProgress
 
 SCHEMA_VERSION = 1
@@ -177,7 +177,7 @@ class FamilyRun:
             source, target = self.out / each, folder / each
             target.parent.mkdir(parents=True, exist_ok=True)
             if source.name == REPORT_FILE:
-                self._write(target, json.dumps(_without_folders(_read_report(source)), indent=1) + "\n")
+                self._write(target, json.dumps(_without_folders(read_json(source)), indent=1) + "\n")
             else:
                 write_atomically(target, lambda temporary, source=source: shutil.copyfile(source, temporary))  # type: ignore[misc]
         return [folder / each for each in wanted]
@@ -198,7 +198,7 @@ class FamilyRun:
         path = self.out / FIGURES_FILE
         if not path.is_file():
             return None
-        found = _read_report(path)
+        found = read_json(path)
         is_same = found.get("schema_version") == SCHEMA_VERSION and found.get("identity") == identity
         return found if is_same else None
 
@@ -215,7 +215,7 @@ class FamilyRun:
             begun_as = None
         own = TrainedStage(
             name=name,
-            report=_read_report(self.out / name / REPORT_FILE),
+            report=read_json(self.out / name / REPORT_FILE),
             begun_as=begun_as,
             is_widened=begun_as is not None and stage.widened is not None,
             teacher=stage.teacher,
@@ -245,18 +245,6 @@ def code_commit() -> str | None:
 
 def _hash(path: Path) -> str:
     return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
-
-
-def _read_report(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        message = f"not readable as JSON ({error})"
-        raise InputError(message, file=path) from error
-    if not isinstance(found, dict):
-        message = "holds no JSON object"
-        raise InputError(message, file=path)
-    return found
 
 
 def _without_folders(report: dict[str, Any]) -> dict[str, Any]:

@@ -97,7 +97,7 @@ class TrainingFolder:
             self._clear()
             self._write_run(complete=False)
         elif run["complete"] and (self.folder / REPORT_FILE).exists():
-            self.report = _read_json(self.folder / REPORT_FILE)
+            self.report = read_json(self.folder / REPORT_FILE)
 
     def _clear(self) -> None:
         # run.json goes last: a folder that is half cleared is still known as a run's.
@@ -108,7 +108,7 @@ class TrainingFolder:
         (self.folder / RUN_FILE).unlink()
 
     def _read_run(self) -> dict[str, Any]:
-        run = _read_json(self.folder / RUN_FILE)
+        run = read_json(self.folder / RUN_FILE)
         if run.get("schema_version") != SCHEMA_VERSION:
             message = f"has schema version {run.get('schema_version')}, this release reads {SCHEMA_VERSION}"
             raise InputError(message, file=self.folder / RUN_FILE)
@@ -230,7 +230,12 @@ class TrainingFolder:
         self._write_run(complete=True)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        InputError: it cannot be read, or holds something else.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
