@@ -38,7 +38,7 @@ def distill(
         str,
         typer.Option(
             help="`random`: fresh weights; `layers`: every n-th of the teacher's layers; or the name or folder of a "
-            "narrower encoder, with whose answers the student begins."
+            "smaller encoder, with whose answers the student begins."
         ),
     ] = "random",
     no_uncertainty: Annotated[

@@ -27,6 +27,7 @@ from ..kernels.kd_options import KDOptions
 from .causal_task import CausalTask, causal_corpus
 from .corpus import Share, read_shares
 from .distributed import ALONE, Processes, own_device
+from .growth import grow
 from .masked_task import ROWS, MaskedTask, check_mask_share
 from .masking import ASKED
 from .order import BatchOrder
@@ -37,7 +38,6 @@ from .teacher import LiveTeacher, model_fingerprint
 from .teacher_cache import TeacherCache
 from .trainer import StepReport, Trainer, TrainerConfig
 from .training_folder import TrainingFolder
-from .widening import widen
 
 RANDOM, LAYERS = "random", "layers"
 _CACHED_MASKS = 4
@@ -51,7 +51,7 @@ class DistillConfig:
         student: a preset of `students`, or a folder in Hugging Face layout.
         vocabulary: of a decoder preset without a teacher: "residues", or a decoder's folder.
         init: "random": fresh weights; "layers": every n-th of the teacher's layers; else a narrower encoder, as
-            `load_model` takes it, with whose answers the student begins (see `widening`).
+            `load_model` takes it, with whose answers the student begins (see `growth`).
         epochs: passes over the data, where `trainer.steps` is not to count.
         trainer: how it is trained.
         options: of the distillation loss.
@@ -223,9 +223,9 @@ def _student(config: DistillConfig, teacher: Encoder | Decoder | None) -> Encode
     elif config.init != RANDOM:
         begun_as = load_model(config.init, device="cpu", precision="fp32")
         if not isinstance(student, Encoder) or not isinstance(begun_as, Encoder):
-            message = f"{student.name} cannot begin as {begun_as.name}: only encoders are widened"
+            message = f"{student.name} cannot begin as {begun_as.name}: only encoders grow"
             raise InputError(message)
-        widen(begun_as, student, seed=config.trainer.seed)
+        grow(begun_as, student)
     return student
 
 

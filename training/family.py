@@ -1,11 +1,12 @@
 """The bundled family as data, and `protnest train-family`, which trains it: `python -m protnest.training.family`.
 
-    seed-xs -> nano-m              widened
-    seed-s  -> nano-s              taught by nano-m
-    seed-xs -> nano-xs             taught by nano-s
-               nano-gpt            a decoder, by itself
+    seed-xs -> trunk -> nano-m        grown
+               trunk -> nano-s        grown, taught by nano-m
+               trunk -> nano-xs       taught by nano-s
+                        nano-gpt      a decoder, by itself
 
-The smallest model is trained first, the largest begins with its answers and teaches downwards.
+The smallest encoder is trained first and longest: a step of it costs least. The others begin with its answers, and the
+largest teaches downwards.
 """
 
 from __future__ import annotations
@@ -26,19 +27,20 @@ class FamilyStage:
         name: of its folder.
         preset: what is trained.
         trained_on: an earlier stage, whose model is trained on in the place of fresh weights.
-        widened: an earlier stage, with whose answers it begins (see `widening`).
+        grown_from: an earlier stage, with whose answers it begins (see `growth`).
         teacher: an earlier stage; None: labels alone.
         steps: of the optimiser; warmup: of them until the peak of the learning rate.
         learning_rate: the peak.
         schedule: how it falls after that.
         seed: of weights, order, crops and masks.
         batch_tokens: most tokens in a step.
+        mask_share: of an encoder's residues that are asked for.
     """
 
     name: str
     preset: str
     trained_on: str | None = None
-    widened: str | None = None
+    grown_from: str | None = None
     teacher: str | None = None
     steps: int
     warmup: int
@@ -46,25 +48,26 @@ class FamilyStage:
     schedule: str
     seed: int
     batch_tokens: int = 2048
+    mask_share: float = 0.15
 
     @property
     def begun_as(self) -> str | None:
         """The stage whose weights it begins with."""
-        return self.trained_on or self.widened
+        return self.trained_on or self.grown_from
 
 
 # fmt: off
 STAGES: tuple[FamilyStage, ...] = (
     FamilyStage(name="seed-xs", preset="nano-xs",
                 steps=3600, warmup=200, learning_rate=2e-3, schedule="linear", seed=0),
-    FamilyStage(name="seed-s", preset="nano-s",
-                steps=2100, warmup=200, learning_rate=2e-3, schedule="linear", seed=0),
-    FamilyStage(name="nano-m", preset="nano-m", widened="seed-xs",
-                steps=3300, warmup=100, learning_rate=1.5e-3, schedule="cosine", seed=1),
-    FamilyStage(name="nano-s", preset="nano-s", trained_on="seed-s", teacher="nano-m",
-                steps=700, warmup=40, learning_rate=1e-3, schedule="cosine", seed=2),
-    FamilyStage(name="nano-xs", preset="nano-xs", trained_on="seed-xs", teacher="nano-s",
-                steps=700, warmup=40, learning_rate=1e-3, schedule="cosine", seed=3),
+    FamilyStage(name="trunk", preset="nano-xs", trained_on="seed-xs", mask_share=0.4,
+                steps=5000, warmup=100, learning_rate=1e-3, schedule="cosine", seed=4),
+    FamilyStage(name="nano-m", preset="nano-m", grown_from="trunk", mask_share=0.4,
+                steps=2400, warmup=100, learning_rate=7e-4, schedule="cosine", seed=5),
+    FamilyStage(name="nano-s", preset="nano-s", grown_from="trunk", teacher="nano-m", mask_share=0.4,
+                steps=700, warmup=40, learning_rate=5e-4, schedule="cosine", seed=6),
+    FamilyStage(name="nano-xs", preset="nano-xs", trained_on="trunk", teacher="nano-s", mask_share=0.4,
+                steps=400, warmup=40, learning_rate=5e-4, schedule="cosine", seed=7),
     FamilyStage(name="nano-gpt", preset="nano-gpt",
                 steps=3600, warmup=150, learning_rate=2e-3, schedule="cosine", seed=0),
 )

@@ -49,7 +49,7 @@ def stage_config(stage: FamilyStage, out: Path, *, scale: float = 1.0, precision
     steps = max(_FEWEST_STEPS, round(stage.steps * scale))
     return DistillConfig(
         student=stage.preset if stage.trained_on is None else str(out / stage.trained_on),
-        init=RANDOM if stage.widened is None else str(out / stage.widened),
+        init=RANDOM if stage.grown_from is None else str(out / stage.grown_from),
         trainer=TrainerConfig(
             steps=steps,
             batch_tokens=stage.batch_tokens,
@@ -59,6 +59,7 @@ def stage_config(stage: FamilyStage, out: Path, *, scale: float = 1.0, precision
             seed=stage.seed,
             precision=precision,
         ),
+        mask_share=stage.mask_share,
         # Neither regulariser helped encoders of this size: docs/results.md, "The controlled 2x2".
         options=KDOptions() if stage.teacher is None else KDOptions(uncertainty=False, smooth=False),
     )
@@ -217,7 +218,7 @@ class FamilyRun:
             name=name,
             report=read_json(self.out / name / REPORT_FILE),
             begun_as=begun_as,
-            is_widened=begun_as is not None and stage.widened is not None,
+            is_grown=begun_as is not None and stage.grown_from is not None,
             teacher=stage.teacher,
         )
         return [*before, own]

@@ -30,14 +30,14 @@ class TrainedStage:
         report: its training.json, of `protnest distill` or `pretrain`.
         begun_as: the stage before it, whose weights it begins with; None where it begins with fresh ones, or where
             nothing more is known than what the report says.
-        is_widened: those weights are widened; else they are trained on.
+        is_grown: those weights have grown; else they are trained on.
         teacher: the stage that taught it, None for labels alone.
     """
 
     name: str
     report: Mapping[str, Any]
     begun_as: str | None = None
-    is_widened: bool = False
+    is_grown: bool = False
     teacher: str | None = None
 
 
@@ -145,7 +145,7 @@ def _recipe(facts: CardFacts) -> str:
 def _stage_rows(stage: TrainedStage) -> dict[str, object]:
     report, recipe = stage.report, _recipe_of(stage.report)
     preset = _plain(report.get("student", report.get("preset")))
-    is_trained_on = stage.begun_as is not None and not stage.is_widened
+    is_trained_on = stage.begun_as is not None and not stage.is_grown
     rows: dict[str, object] = {
         "architecture": f"as {stage.begun_as}" if is_trained_on else preset,
         "begins as": _beginning(stage),
@@ -159,6 +159,7 @@ def _stage_rows(stage: TrainedStage) -> dict[str, object]:
         ("schedule", "schedule"),
         ("warm-up, steps", "warmup_steps"),
         ("weight decay", "weight_decay"),
+        ("residues asked for", "mask_share"),
         ("seed", "seed"),
         ("precision", "precision"),
     ):
@@ -181,7 +182,7 @@ def _recipe_of(report: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _beginning(stage: TrainedStage) -> str:
     if stage.begun_as is not None:
-        return f"{stage.begun_as}, widened" if stage.is_widened else f"{stage.begun_as}, trained on"
+        return f"{stage.begun_as}, grown" if stage.is_grown else f"{stage.begun_as}, trained on"
     init = _plain(_recipe_of(stage.report).get("init", "random"))
     return "fresh weights" if init == "random" else str(init)
 
@@ -276,11 +277,11 @@ def _command(stage: TrainedStage) -> str:
         options |= {"warmup_steps": "warmup-steps", "seed": "seed", "precision": "precision"}
     else:
         student = _plain(report.get("student"))
-        if stage.begun_as is not None and not stage.is_widened:
+        if stage.begun_as is not None and not stage.is_grown:
             student = f"{_FOLDER}/{stage.begun_as}"
         words = [f"protnest distill --data {data} --out {out} --student {student}"]
         init = _plain(recipe.get("init", "random"))
-        if stage.begun_as is not None and stage.is_widened:
+        if stage.begun_as is not None and stage.is_grown:
             init = f"{_FOLDER}/{stage.begun_as}"
         if init != "random":
             words.append(f"--init {init}")
@@ -289,7 +290,12 @@ def _command(stage: TrainedStage) -> str:
             words.append(f"--teacher {teacher}")
         options = {"steps": "steps", "batch_tokens": "batch-tokens", "accumulate": "accumulate"}
         options |= {"learning_rate": "learning-rate", "warmup_steps": "warmup", "schedule": "schedule"}
-        options |= {"weight_decay": "weight-decay", "seed": "seed", "precision": "precision"}
+        options |= {
+            "weight_decay": "weight-decay",
+            "mask_share": "mask-share",
+            "seed": "seed",
+            "precision": "precision",
+        }
     words += [f"--{option} {recipe[key]}" for key, option in options.items() if key in recipe]
     return " ".join([*words, *_loss_options(recipe)])
 

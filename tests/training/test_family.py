@@ -29,7 +29,7 @@ from support.learning import TOY_DECODER, fasta_to_train
 
 TOYS = {
     "nano-xs": EncoderConfig(layers=2, width=16, heads=2, feedforward=32, max_residues=30),
-    "nano-s": EncoderConfig(layers=1, width=24, heads=2, feedforward=48, max_residues=30),
+    "nano-s": EncoderConfig(layers=3, width=24, heads=3, feedforward=48, max_residues=30),
     "nano-m": EncoderConfig(layers=2, width=32, heads=4, feedforward=64, max_residues=30),
 }
 SHORT, LONG = "MKTAYIAKQRQISFVKSH", "MKTAYIAKQRQISFVKSHFSRQLEERLG"
@@ -76,8 +76,8 @@ def run(home: Path, tmp_path: Path) -> FamilyRun:
 def test_the_table_hangs_together() -> None:
     seen: set[str] = set()
     for stage in STAGES:
-        assert not (stage.trained_on and stage.widened), stage.name
-        for before in (stage.trained_on, stage.widened, stage.teacher):
+        assert not (stage.trained_on and stage.grown_from), stage.name
+        for before in (stage.trained_on, stage.grown_from, stage.teacher):
             assert before is None or before in seen, f"{stage.name} needs {before}, which is not trained yet"
         seen.add(stage.name)
     assert len(seen) == len(STAGES)
@@ -97,12 +97,15 @@ def test_a_stage_is_what_the_command_would_run(monkeypatch: pytest.MonkeyPatch, 
         raise _StopError
 
     monkeypatch.setattr(distillation, "distill", distill)
+    taught = "--no-uncertainty --no-smoothing --mask-share 0.4"
     by_hand = [
-        "--student nano-m --init {0}/seed-xs --steps 3300 --warmup 100 --seed 1",
-        "--student {0}/seed-xs --teacher {0}/nano-s --no-uncertainty --no-smoothing --steps 700 --warmup 40 --seed 3",
+        "--student {0}/seed-xs --mask-share 0.4 --steps 5000 --warmup 100 --seed 4",
+        "--student nano-m --init {0}/trunk --mask-share 0.4 --steps 2400 --warmup 100 --seed 5",
+        f"--student nano-s --init {{0}}/trunk --teacher {{0}}/nano-m {taught} --steps 700 --warmup 40 --seed 6",
+        f"--student {{0}}/trunk --teacher {{0}}/nano-s {taught} --steps 400 --warmup 40 --seed 7",
         "--student nano-gpt --steps 3600 --warmup 150 --seed 0",
     ]
-    rates = {"nano-m": "0.0015", "nano-xs": "0.001", "nano-gpt": "0.002"}
+    rates = {"trunk": "0.001", "nano-m": "0.0007", "nano-s": "0.0005", "nano-xs": "0.0005", "nano-gpt": "0.002"}
     for (name, rate), words in zip(rates.items(), by_hand, strict=True):
         given = ["distill", "--data", "d", "--out", name, "--batch-tokens", "2048", "--learning-rate", rate]
         given += ["--schedule", "cosine", "--precision", "fp32", "--device", "cpu"]
@@ -110,7 +113,7 @@ def test_a_stage_is_what_the_command_would_run(monkeypatch: pytest.MonkeyPatch, 
         stage = next(each for each in STAGES if each.name == name)
         assert asked[-1][2] == stage_config(stage, tmp_path)
         assert asked[-1][0] == (None if stage.teacher is None else str(tmp_path / stage.teacher))
-    assert len(asked) == 3
+    assert len(asked) == 5
 
 
 def test_scale() -> None:
@@ -131,8 +134,10 @@ def test_all_stages_are_trained(home: Path) -> None:
         assert report["teacher"] == stage.teacher
         assert report["recipe"]["steps"] == 2
         assert report["recipe"]["seed"] == stage.seed
-        assert report["recipe"]["init"] == ("random" if stage.widened is None else str(home / "family" / stage.widened))
-    assert reports["nano-s"]["student"] == str(home / "family" / "seed-s")
+        assert report["recipe"]["init"] == (
+            "random" if stage.grown_from is None else str(home / "family" / stage.grown_from)
+        )
+    assert reports["nano-xs"]["student"] == str(home / "family" / "trunk")
     # The teacher is what was trained here, and not the bundled model of that name.
     assert reports["nano-s"]["perplexity"]["teacher"]["residue_perplexity"]["n"] == 8
     trained = load_model(home / "family" / "nano-m", device="cpu", precision="fp32")
@@ -216,7 +221,7 @@ def test_figures_are_kept_until_something_changes(run: FamilyRun, monkeypatch: p
     assert calls == ["judged"]
     # Another model under the same name: chain and figures are its.
     for name in ("config.json", "model.safetensors"):
-        shutil.copy(run.out / "seed-s" / name, run.out / "nano-s" / name)
+        shutil.copy(run.out / "trunk" / name, run.out / "nano-xs" / name)
     before = Chain.load(run.out / "nano.chain").fingerprint
     run.figures(replace(OPTIONS, judged=4))
     assert calls == ["judged"] * 2
@@ -238,11 +243,12 @@ def test_scans_that_cannot_be_used(home: Path, tmp_path: Path) -> None:
 def test_cards_tell_the_way(run: FamilyRun) -> None:
     run.write_cards(run.figures(OPTIONS))
     card = (run.out / "nano-xs" / "README.md").read_text()
-    assert "|  | seed-xs | nano-xs |" in card
-    assert "| begins as | fresh weights | seed-xs, trained on |" in card
-    assert "| teacher | none: labels alone | nano-s |" in card
+    assert "|  | seed-xs | trunk | nano-xs |" in card
+    assert "| begins as | fresh weights | seed-xs, trained on | trunk, trained on |" in card
+    assert "| residues asked for | 0.15 | 0.4 | 0.4 |" in card
+    assert "| teacher | none: labels alone | none: labels alone | nano-s |" in card
     assert "The proteins of in.fasta." in card
-    assert "seed-xs, widened" in (run.out / "nano-m" / "README.md").read_text()
+    assert "trunk, grown" in (run.out / "nano-m" / "README.md").read_text()
     for name in MEMBERS:
         assert str(run.out.parent) not in (run.out / name / "README.md").read_text()
 
@@ -258,9 +264,9 @@ def test_bundling_copies_what_ships(run: FamilyRun, tmp_path: Path) -> None:
         if not name.endswith("training.json"):
             assert (tmp_path / "bundled" / name).read_bytes() == (run.out / name).read_bytes()
     report = json.loads((tmp_path / "bundled" / "nano-xs" / "training.json").read_text())
-    assert (report["student"], report["teacher"], report["recipe"]["init"]) == ("seed-xs", "nano-s", "random")
-    widened = json.loads((tmp_path / "bundled" / "nano-m" / "training.json").read_text())
-    assert (widened["student"], widened["recipe"]["init"]) == ("nano-m", "seed-xs")
+    assert (report["student"], report["teacher"], report["recipe"]["init"]) == ("trunk", "nano-s", "random")
+    grown = json.loads((tmp_path / "bundled" / "nano-m" / "training.json").read_text())
+    assert (grown["student"], grown["recipe"]["init"]) == ("nano-m", "trunk")
     assert report["perplexity"] == json.loads((run.out / "nano-xs" / "training.json").read_text())["perplexity"]
 
 
@@ -292,7 +298,7 @@ def _command(*words: object) -> Any:
 
 def test_the_command_takes_models_as_they_are(home: Path, run: FamilyRun, tmp_path: Path) -> None:
     """Trained by hand, with paths of another machine in their records, and without the seeds."""
-    for name in ("seed-xs", "seed-s"):
+    for name in ("seed-xs", "trunk"):
         shutil.rmtree(run.out / name)
     given = (home / "in.fasta", "--out", run.out, "--device", "cpu", "--judged", "4", "--dms", home / "dms")
     result = _command(*given, "--figures-only", "--variants", "5", "--bundle", tmp_path / "bundled", "--json")
@@ -301,7 +307,7 @@ def test_the_command_takes_models_as_they_are(home: Path, run: FamilyRun, tmp_pa
     assert report["perplexity"]["sequences"] == 4
     assert report["spearman"]["scans"]["short"]["variants"] == 5
     card = (tmp_path / "bundled" / "nano-m" / "README.md").read_text()
-    assert "| begins as | seed-xs |" in card, "what its report says"
+    assert "| begins as | trunk |" in card, "what its report says"
     assert Chain.load(tmp_path / "bundled" / "nano.chain").widths == (16, 24, 32)
 
     shown = _command(*given, "--figures-only", "--variants", "5")

@@ -159,15 +159,15 @@ def test_recipe_has_every_stage_in_order() -> None:
     ]
 
 
-def test_a_widened_stage() -> None:
+def test_a_grown_stage() -> None:
     report = {"student": "nano-m", "teacher": None, "recipe": {**RECIPE, "init": "/home/somebody/seed-xs"}}
-    stage = TrainedStage(name="nano-m", report=report, begun_as="seed-xs", is_widened=True)
+    stage = TrainedStage(name="nano-m", report=report, begun_as="seed-xs", is_grown=True)
     card = model_card(replace(FACTS, name="nano-m", config=BUNDLED["nano-m"], stages=(STAGES[0], stage)))
     rows = _rows(_section(card, "Recipe"))
     assert rows["architecture"] == ["nano-xs", "nano-m"]
-    assert rows["begins as"] == ["fresh weights", "seed-xs, widened"]
+    assert rows["begins as"] == ["fresh weights", "seed-xs, grown"]
     assert "--student nano-m --init family/seed-xs --steps 1500" in card
-    alone = model_card(replace(FACTS, name="nano-m", stages=(replace(stage, begun_as=None, is_widened=False),)))
+    alone = model_card(replace(FACTS, name="nano-m", stages=(replace(stage, begun_as=None, is_grown=False),)))
     assert "Trained in one stage." in alone
     assert "| begins as | seed-xs |" in alone
     assert "--init seed-xs" in alone
