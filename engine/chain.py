@@ -34,6 +34,7 @@ from .atomic import write_atomically
 from .config import BUNDLED_CHAINS, BUNDLED_FOLDER, PUBLISHED
 from .errors import InputError
 from .family import Member
+from .schema_version import check_schema_version
 
 SCHEMA_VERSION = 1
 _STAGE_TENSORS = ("weight", "bias", "mean", "components")
@@ -282,9 +283,7 @@ class Chain:
         if "chain" not in metadata:
             message = "is a safetensors file, but no chain: its metadata lack `chain`"
             raise InputError(message, file=path)
-        if metadata.get("schema_version") != str(SCHEMA_VERSION):
-            message = f"has schema version {metadata.get('schema_version')}, this release reads {SCHEMA_VERSION}"
-            raise InputError(message, file=path)
+        check_schema_version(metadata.get("schema_version"), str(SCHEMA_VERSION), file=path)
         try:
             facts = json.loads(metadata["chain"])
             chain = cls(

@@ -24,6 +24,7 @@ from .atomic import write_atomically
 from .config import EncoderConfig, config_from_huggingface, config_to_huggingface
 from .encoder import Encoder
 from .errors import InputError
+from .json_object import read_object
 from .quantise import QuantisedEncoder
 
 Tensors = Mapping[str, torch.Tensor]
@@ -33,6 +34,7 @@ SET_ASIDE = re.compile(
     r"(^|\.)inv_freq$|(^|\.)position_ids$|(^|\.)position_embeddings\.weight$|^contact_head\.|^pooler\.|^classifier\."
 )
 _HASHED_ROWS = 1024
+_BESIDE_WEIGHTS = "a checkpoint folder holds it beside model.safetensors"
 _TIED = "lm_head.decoder.weight"
 _EMBEDDING = "embeddings.word_embeddings.weight"
 
@@ -187,7 +189,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     Raises:
         InputError: it is missing, or no JSON object.
     """
-    return _read_json(folder / "config.json")
+    return read_object(folder / "config.json", missing=_BESIDE_WEIGHTS)
 
 
 class StoredTensors(Mapping[str, torch.Tensor]):
@@ -234,7 +236,7 @@ def _weight_files(folder: Path) -> list[Path]:
     if not index.is_file():
         message = "holds neither model.safetensors nor model.safetensors.index.json"
         raise InputError(message, file=folder)
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         message = f"weight_map must give the file of each tensor, got {str(weight_map)[:80]}"
         raise InputError(message, file=index)
@@ -243,21 +245,6 @@ def _weight_files(folder: Path) -> list[Path]:
         message = f"the shards it lists are not all there: missing {missing}"
         raise InputError(message, file=index)
     return [folder / shard for shard in shards]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        message = "no such file; a checkpoint folder holds it beside model.safetensors"
-        raise InputError(message, file=path) from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        message = f"not readable as JSON ({error})"
-        raise InputError(message, file=path) from error
-    if not isinstance(content, dict):
-        message = "holds no JSON object"
-        raise InputError(message, file=path)
-    return content
 
 
 def save_checkpoint(encoder: Encoder, folder: Path, *, dtype: torch.dtype = torch.float32) -> None:

@@ -24,18 +24,17 @@ what a pass takes, within 30 % or 100 MB.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from .alphabet import TOKENS
 from .config import BUNDLED, PUBLISHED, EncoderConfig, config_from_huggingface
 from .decoder_config import BUNDLED_DECODERS
 from .errors import InputError
+from .json_object import read_object
 
 SPECIAL_TOKENS = 2
 """`<cls>` and `<eos>` of each protein."""
@@ -164,17 +163,12 @@ def known_config(model: str) -> EncoderConfig:
         message = f"{model} is a decoder; what is counted here is an encoder's memory"
         raise InputError(message)
     file = Path(model).expanduser() / "config.json"
-    try:
-        settings: Any = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    if not file.is_file():
         message = (
             f"no model {model!r}: neither a name ({', '.join([*BUNDLED, *PUBLISHED])}) nor a folder with a config.json"
         )
-        raise InputError(message) from error
-    if not isinstance(settings, dict):
-        message = "holds no JSON object"
-        raise InputError(message, file=file)
-    return config_from_huggingface(settings, file=str(file))
+        raise InputError(message)
+    return config_from_huggingface(read_object(file), file=str(file))
 
 
 def precisions(device: str) -> tuple[str, ...]:

@@ -29,6 +29,7 @@ from .embedder import Embedder
 from .encoder import Encoder
 from .errors import InputError
 from .family import Family, Member
+from .schema_version import check_schema_version
 from .variants import Variant, confine
 
 SCHEMA_VERSION = 1
@@ -283,9 +284,7 @@ def _read(path: str | Path) -> tuple[dict[str, str], dict[str, npt.NDArray[Any]]
     if "head" not in metadata:
         message = "is a safetensors file, but no head: its metadata lack `head`"
         raise InputError(message, file=path)
-    if metadata.get("schema_version") != str(SCHEMA_VERSION):
-        message = f"has schema version {metadata.get('schema_version')}, this release reads {SCHEMA_VERSION}"
-        raise InputError(message, file=path)
+    check_schema_version(metadata.get("schema_version"), str(SCHEMA_VERSION), file=path)
     return metadata, tensors
 
 

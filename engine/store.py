@@ -31,6 +31,7 @@ from .atomic import write_atomically
 from .errors import InputError
 from .fasta import Record
 from .run_folder import check_empty, differences, enter_folder
+from .schema_version import check_schema_version
 
 SCHEMA_VERSION = 1
 RUN_FILE = "run.json"
@@ -222,7 +223,5 @@ def read_run(folder: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         message = f"not a readable run ({error})"
         raise InputError(message, file=path) from error
-    if version != SCHEMA_VERSION:
-        message = f"has schema version {version}, this release reads {SCHEMA_VERSION}"
-        raise InputError(message, file=path)
+    check_schema_version(version, SCHEMA_VERSION, file=path)
     return run

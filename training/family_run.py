@@ -17,6 +17,7 @@ from ..engine.decoder import Decoder
 from ..engine.device import precision_name, resolve_device, resolve_precision
 from ..engine.encoder import Encoder
 from ..engine.errors import InputError
+from ..engine.json_object import read_object
 from ..engine.models import load_model
 from ..kernels.kd_options import KDOptions
 from .corpus import Share, read_shares
@@ -25,7 +26,7 @@ from .family import CHAIN, SOURCES, STAGES, FamilyStage
 from .family_figures import FigureOptions, fit_family_chain, judge_members, rank_scans, read_scans
 from .model_card import CardFacts, TrainedStage, model_card
 from .trainer import TrainerConfig
-from .training_folder import REPORT_FILE, read_json
+from .training_folder import REPORT_FILE
 from .training_progress import TrainingProgress
 
 SCHEMA_VERSION = 1
@@ -178,7 +179,7 @@ class FamilyRun:
             source, target = self.out / each, folder / each
             target.parent.mkdir(parents=True, exist_ok=True)
             if source.name == REPORT_FILE:
-                self._write(target, json.dumps(_without_folders(read_json(source)), indent=1) + "\n")
+                self._write(target, json.dumps(_without_folders(read_object(source)), indent=1) + "\n")
             else:
                 write_atomically(target, lambda temporary, source=source: shutil.copyfile(source, temporary))  # type: ignore[misc]
         return [folder / each for each in wanted]
@@ -199,7 +200,7 @@ class FamilyRun:
         path = self.out / FIGURES_FILE
         if not path.is_file():
             return None
-        found = read_json(path)
+        found = read_object(path)
         is_same = found.get("schema_version") == SCHEMA_VERSION and found.get("identity") == identity
         return found if is_same else None
 
@@ -216,7 +217,7 @@ class FamilyRun:
             begun_as = None
         own = TrainedStage(
             name=name,
-            report=read_json(self.out / name / REPORT_FILE),
+            report=read_object(self.out / name / REPORT_FILE),
             begun_as=begun_as,
             is_grown=begun_as is not None and stage.grown_from is not None,
             teacher=stage.teacher,

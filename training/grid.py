@@ -33,6 +33,7 @@ from ..engine.encoder import Encoder
 from ..engine.errors import InputError
 from ..engine.models import load_model
 from ..engine.run_folder import check_empty, differences, lock_folder
+from ..engine.schema_version import check_schema_version
 from .composition import letter_counts
 from .corpus import read_shares
 from .distillation import Callbacks, check_pair, distill
@@ -289,9 +290,7 @@ def _check_plan(path: Path, settings: dict[str, Any], growing: dict[str, Any]) -
     except (OSError, ValueError, KeyError, TypeError) as error:
         message = f"not a readable plan of a grid ({error})"
         raise InputError(message, file=path) from error
-    if version != SCHEMA_VERSION:
-        message = f"has schema version {version}, this release reads {SCHEMA_VERSION}"
-        raise InputError(message, file=path)
+    check_schema_version(version, SCHEMA_VERSION, file=path)
     changed = differences(there, settings)
     for name, now in growing.items():
         before = grown[name]

@@ -30,6 +30,7 @@ from ..engine.encoder import Encoder
 from ..engine.errors import InputError
 from ..engine.packing import PackedBatch
 from ..engine.queries import token_ids
+from ..engine.schema_version import check_schema_version
 from ..kernels import plan_batches
 
 SCHEMA_VERSION = 1
@@ -219,9 +220,7 @@ def load_head(folder: Path) -> TaskHead:
     except (SafetensorError, OSError) as error:
         message = f"not a readable head ({error})"
         raise InputError(message, file=path) from error
-    if metadata.get("schema_version") != str(SCHEMA_VERSION):
-        message = f"has schema version {metadata.get('schema_version')}, this release reads {SCHEMA_VERSION}"
-        raise InputError(message, file=path)
+    check_schema_version(metadata.get("schema_version"), str(SCHEMA_VERSION), file=path)
     try:
         settings = json.loads(metadata["head"])
         known = {field.name for field in fields(HeadConfig)}

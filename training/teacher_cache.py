@@ -33,6 +33,7 @@ import torch
 from ..engine.atomic import write_atomically
 from ..engine.errors import InputError
 from ..engine.run_folder import check_empty, differences, lock_folder
+from ..engine.schema_version import check_schema_version
 from ..kernels import plan_batches
 from ..kernels.linear import linear
 from ..kernels.linear_kd_loss import Head
@@ -112,9 +113,7 @@ class TeacherCache:
         except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
             message = f"not a readable cache ({error})"
             raise InputError(message, file=path) from error
-        if version != SCHEMA_VERSION:
-            message = f"has schema version {version}, this release reads {SCHEMA_VERSION}"
-            raise InputError(message, file=path)
+        check_schema_version(version, SCHEMA_VERSION, file=path)
         if changed := differences(key, self._key):
             message = f"is a cache of something else ({'; '.join(changed)}): choose another --cache"
             raise InputError(message, file=self.folder)

@@ -24,7 +24,9 @@ import torch
 
 from ..engine.atomic import write_atomically
 from ..engine.errors import InputError
+from ..engine.json_object import read_object
 from ..engine.run_folder import check_empty, differences, enter_folder
+from ..engine.schema_version import check_schema_version
 from .distributed import ALONE, Processes
 from .trainer import StepReport, Trainer
 from .training_log import LOG_FILE, TENSORBOARD_FOLDER, TrainingLog
@@ -97,7 +99,7 @@ class TrainingFolder:
             self._clear()
             self._write_run(complete=False)
         elif run["complete"] and (self.folder / REPORT_FILE).exists():
-            self.report = read_json(self.folder / REPORT_FILE)
+            self.report = read_object(self.folder / REPORT_FILE)
 
     def _clear(self) -> None:
         # run.json goes last: a folder that is half cleared is still known as a run's.
@@ -108,10 +110,8 @@ class TrainingFolder:
         (self.folder / RUN_FILE).unlink()
 
     def _read_run(self) -> dict[str, Any]:
-        run = read_json(self.folder / RUN_FILE)
-        if run.get("schema_version") != SCHEMA_VERSION:
-            message = f"has schema version {run.get('schema_version')}, this release reads {SCHEMA_VERSION}"
-            raise InputError(message, file=self.folder / RUN_FILE)
+        run = read_object(self.folder / RUN_FILE)
+        check_schema_version(run.get("schema_version"), SCHEMA_VERSION, file=self.folder / RUN_FILE)
         if not isinstance(run.get("identity"), dict) or "complete" not in run:
             message = "is no training run's"
             raise InputError(message, file=self.folder / RUN_FILE)
@@ -228,20 +228,3 @@ class TrainingFolder:
         text = json.dumps(report, indent=1, allow_nan=False) + "\n"
         self._write(REPORT_FILE, lambda path: path.write_text(text, encoding="utf-8"))
         self._write_run(complete=True)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds.
-
-    Raises:
-        InputError: it cannot be read, or holds something else.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        message = f"not readable as JSON ({error})"
-        raise InputError(message, file=path) from error
-    if not isinstance(content, dict):
-        message = "holds no JSON object"
-        raise InputError(message, file=path)
-    return content
