@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +19,6 @@ from protnest.training import distillation
 from typer.testing import CliRunner
 
 from support.learning import fasta_to_train, save_toy, toy_encoder
-
-
-@pytest.fixture
-def command() -> Iterator[CliRunner]:
-    """The command line configures logging, as a program may; here it is put back."""
-    loggers = [logging.getLogger(name) for name in ("protnest", "protnest.kernels")]
-    before = [(logger, logger.level, logger.handlers[:]) for logger in loggers]
-    yield CliRunner()
-    for logger, level, handlers in before:
-        logger.setLevel(level)
-        logger.handlers[:] = handlers
 
 
 @pytest.fixture
@@ -175,13 +162,10 @@ def test_a_run_that_is_killed_for_real_ends_with_the_same_bits(
     assert process.wait() == -signal.SIGKILL, process.stderr and process.stderr.read().decode()
     step = torch.load(killed / "state.pt", weights_only=True)["step"]
     assert 1 <= step < 60
-    # The rest in this process: threads decide the order of sums, and so the bits.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    # The rest in this process.
     for name in ("killed", "whole"):
         result = command.invoke(app, _arguments(out[name], steps=60))
         assert result.exit_code == 0, result.output
-    torch.set_num_threads(threads)
     states = [torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("killed", "whole")]
     assert states[0]["step"] == states[1]["step"] == 60
     for name, tensor in states[0]["model"].items():

@@ -40,14 +40,6 @@ def _killing_at(step: int) -> Callbacks:
     return Callbacks(after_step=after_step)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def models(tmp_path: Path) -> dict[str, Path]:
     return {

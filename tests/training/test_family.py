@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from protnest.engine import Chain, Embedder, InputError, load_model, score_variants
 from protnest.engine.cli import app
 from protnest.engine.config import BUNDLED, BUNDLED_CHAINS, EncoderConfig
@@ -38,14 +37,11 @@ OPTIONS = FigureOptions(judged=5, variants=6, chain_proteins=60, chain_residues=
 
 @pytest.fixture(scope="module", autouse=True)
 def _toys() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         for name, config in TOYS.items():
             patch.setitem(students.ENCODER_PRESETS, name, config)
         patch.setitem(students.DECODER_PRESETS, "nano-gpt", TOY_DECODER)
         yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

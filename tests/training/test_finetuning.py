@@ -51,14 +51,6 @@ PLAIN = SamplingOptions(repetition_penalty=1.0)
 READER = DecoderConfig(layers=2, width=32, heads=2, feedforward=64, vocabulary=33, places=64)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def _proteins(families: int = 20, members: int = 3) -> list[str]:
     return planted_families(families, members, kept=0.85, residues=30, seed=7)[0]
 

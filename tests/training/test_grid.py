@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from protnest.engine import InputError
 from protnest.kernels.kd_options import KDOptions
 from protnest.training import grid as grid_module
@@ -34,14 +32,6 @@ from protnest.training.grid_scores import HALVES, RunScores, held_out_halves
 from protnest.training.trainer import TrainerConfig
 
 from support.learning import TOY_DECODER, fasta_to_train, save_toy, toy_decoder, toy_encoder
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

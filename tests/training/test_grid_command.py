@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +12,6 @@ from protnest.training import grid
 from typer.testing import CliRunner
 
 from support.learning import fasta_to_train, save_toy, toy_encoder
-
-
-@pytest.fixture
-def command() -> Iterator[CliRunner]:
-    """The command line configures logging, as a program may; here it is put back."""
-    loggers = [logging.getLogger(name) for name in ("protnest", "protnest.kernels")]
-    before = [(logger, logger.level, logger.handlers[:]) for logger in loggers]
-    yield CliRunner()
-    for logger, level, handlers in before:
-        logger.setLevel(level)
-        logger.handlers[:] = handlers
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import math
 import os
 import re
@@ -39,15 +38,6 @@ from support.tiny import random_proteins, write_fasta
 TOY = EncoderConfig(layers=1, width=16, heads=2, feedforward=32, max_residues=20)
 CPU = torch.device("cpu")
 AfterStep = Callable[[int, float], None]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """A second thread gains nothing on tensors this small, and on a busy machine its waiting costs tenfold."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)
@@ -672,17 +662,6 @@ def test_misspelt_settings_are_refused() -> None:
 
 
 # The command
-
-
-@pytest.fixture
-def command() -> Iterator[CliRunner]:
-    """The command line configures logging, as a program may; here it is put back."""
-    loggers = [logging.getLogger(name) for name in ("protnest", "protnest.kernels")]
-    before = [(logger, logger.level, logger.handlers[:]) for logger in loggers]
-    yield CliRunner()
-    for logger, level, handlers in before:
-        logger.setLevel(level)
-        logger.handlers[:] = handlers
 
 
 def _arguments(fasta: Path, out: Path, *more: str) -> list[str]:

@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -329,11 +329,3 @@ def test_tensorboard_itself(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     _run(tmp_path / "out")
     assert list((tmp_path / "out" / "tensorboard").glob("events.out.tfevents.*"))
-
-
-@pytest.fixture(autouse=True)
-def _no_thread_waits() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
