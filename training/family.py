@@ -65,9 +65,9 @@ STAGES: tuple[FamilyStage, ...] = (
     FamilyStage(name="nano-m", preset="nano-m", grown_from="trunk", mask_share=0.4,
                 steps=2400, warmup=100, learning_rate=7e-4, schedule="cosine", seed=5),
     FamilyStage(name="nano-s", preset="nano-s", grown_from="trunk", teacher="nano-m", mask_share=0.4,
-                steps=700, warmup=40, learning_rate=5e-4, schedule="cosine", seed=6),
+                steps=500, warmup=40, learning_rate=5e-4, schedule="cosine", seed=6),
     FamilyStage(name="nano-xs", preset="nano-xs", trained_on="trunk", teacher="nano-s", mask_share=0.4,
-                steps=400, warmup=40, learning_rate=5e-4, schedule="cosine", seed=7),
+                steps=300, warmup=40, learning_rate=5e-4, schedule="cosine", seed=7),
     FamilyStage(name="nano-gpt", preset="nano-gpt",
                 steps=3600, warmup=150, learning_rate=2e-3, schedule="cosine", seed=0),
 )

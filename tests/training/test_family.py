@@ -97,8 +97,8 @@ def test_a_stage_is_what_the_command_would_run(monkeypatch: pytest.MonkeyPatch, 
     by_hand = [
         "--student {0}/seed-xs --mask-share 0.4 --steps 5000 --warmup 100 --seed 4",
         "--student nano-m --init {0}/trunk --mask-share 0.4 --steps 2400 --warmup 100 --seed 5",
-        f"--student nano-s --init {{0}}/trunk --teacher {{0}}/nano-m {taught} --steps 700 --warmup 40 --seed 6",
-        f"--student {{0}}/trunk --teacher {{0}}/nano-s {taught} --steps 400 --warmup 40 --seed 7",
+        f"--student nano-s --init {{0}}/trunk --teacher {{0}}/nano-m {taught} --steps 500 --warmup 40 --seed 6",
+        f"--student {{0}}/trunk --teacher {{0}}/nano-s {taught} --steps 300 --warmup 40 --seed 7",
         "--student nano-gpt --steps 3600 --warmup 150 --seed 0",
     ]
     rates = {"trunk": "0.001", "nano-m": "0.0007", "nano-s": "0.0005", "nano-xs": "0.0005", "nano-gpt": "0.002"}
