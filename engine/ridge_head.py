@@ -27,6 +27,7 @@ from .atomic import write_atomically
 from .chain import Chain, ChainModel
 from .embedder import Embedder
 from .errors import InputError
+from .exported_encoder import AnyEncoder
 from .family import Family, Member, listed
 from .variants import Variant, confine
 

@@ -241,7 +241,8 @@ def score_variants(
     Touched sites and distinct mutants run once each, however often they are named.
 
     Args:
-        model: an encoder with a language-model head, an exported file with logits, or a decoder; or several, whose scores are aggregated.
+        model: an encoder with a language-model head, an exported file that gives logits, or a decoder; or several,
+            whose scores are aggregated.
         wt: the wild type's residues.
         variants: N of them: `A24G`, several substitutions joined with colons, `WT`; or `Variant`s of this wild type, as
             `variant_of_sequence` makes them of mutated sequences.

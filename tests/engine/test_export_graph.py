@@ -91,9 +91,9 @@ def test_fp16_products_stay_near() -> None:
 
 MUTANTS = {
     "padding attended to": {
-        "masked_fill(padding_B11L, torch.finfo(torch.float32).min)": "masked_fill(padding_B11L, 0)"
+        "masked_fill(padding_BL, torch.finfo(torch.float32).min)": "masked_fill(padding_BL, 1.0)"
     },
-    "padding mask left out": {"scores_BHLL = scores_BHLL.masked_fill": "_ = scores_BHLL.masked_fill"},
+    "padding mask left out": {".float() + bias_B11L": ".float()"},
     "rescale left out": {"if self.token_dropout:": "if False:"},
     "rescale only where masks are": {"return scale_B1 *": "return torch.where(shown_B1 == tokens_B1, 1.0, scale_B1) *"},
     "masks not blanked": {" * (~masked_BL).float()": " * torch.ones_like(masked_BL).float()"},

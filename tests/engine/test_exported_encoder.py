@@ -305,7 +305,7 @@ def test_cuda_where_the_runtime_has_it(
     assert onnx_runner.choose_device("auto").type == "cpu"
     (line,) = [record.getMessage() for record in caplog.records]
     assert "exported files run on the CPU: this onnxruntime has no CUDA (it has CPUExecutionProvider)" in line
-    with pytest.raises(InputError, match="device is 'cuda', but this onnxruntime has no CUDA .*onnxruntime-gpu"):
+    with pytest.raises(InputError, match=r"device is 'cuda', but this onnxruntime has no CUDA .*onnxruntime-gpu"):
         load_model(plain, device="cuda")
     monkeypatch.setattr(
         onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
