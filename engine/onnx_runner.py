@@ -16,6 +16,7 @@ import torch
 
 from .device import resolve_device
 from .errors import InputError
+from .onnx_attention import with_fused_attention
 from .onnx_export import INPUT, require
 
 _logger = logging.getLogger(__name__)
@@ -23,6 +24,7 @@ _explained: set[str] = set()
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _CPU = torch.device("cpu")
+_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 def choose_device(device: str = "auto") -> torch.device:
@@ -65,17 +67,21 @@ class OnnxRunner:
     name = "onnxruntime"
 
     def __init__(self, path: str | Path, *, device: torch.device = _CPU, threads: int | None = None) -> None:
-        require(self.name)
+        require("onnx", self.name)
         import onnxruntime
 
         self.path = Path(path)
         self.device = device
         provider = _PROVIDERS[device.type]
         settings: dict[str, Any] = {"device_id": device.index or 0} if device.type == "cuda" else {}
+        model: str | bytes | None = None
         options = onnxruntime.SessionOptions()
+        if device.type == "cpu" and (model := with_fused_attention(self.path)) is not None:
+            # A graph from memory does not know where its `.data` file lies.
+            options.add_session_config_entry(_DATA_FOLDER, str(self.path.absolute().parent))
         options.intra_op_num_threads = torch.get_num_threads() if threads is None else threads
         try:
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=[(provider, settings)])
+            self._session = onnxruntime.InferenceSession(model or str(path), options, providers=[(provider, settings)])
         except Exception as error:  # Its errors share no narrower class.
             message = f"ONNX Runtime does not take it ({str(error).splitlines()[0]})"
             raise InputError(message, file=path) from error
