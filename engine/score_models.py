@@ -35,8 +35,8 @@ class ScoreJob:
         wild_types: FASTA file, or table, see `assay.read_targets`.
         tables: of variants, or folders of them; none for all single substitutions of every wild type.
         out: a file for one table, a folder for several; None writes none.
-        models: names, folders or files, exported ones among them; with `chain` the chain's, smallest first. None takes the head's, the chain's,
-            or the default.
+        models: names, folders or files, exported ones among them; with `chain` the chain's, smallest first. None takes
+            the head's, the chain's, or the default.
         method, compat: see `scoring`.
         head, chain: files of a fitted ridge head, which then scores in the method's place, and of the chain it reads.
         aggregate: how the scores of several models become one.

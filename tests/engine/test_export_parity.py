@@ -1,7 +1,7 @@
 """Exported files of real models, and of published shapes, beside the packed pass, on real proteins.
 
-Fp32 is held to 1e-5: of a protein, the largest difference over the largest magnitude. Fp16 to a cosine of 0.9999, of each
-residue's row and of each protein's.
+Fp32 is held to 1e-5: of a protein, the largest difference over the largest magnitude. Fp16 to a cosine of 0.9999,
+of each residue's row and of each protein's.
 """
 
 from __future__ import annotations
