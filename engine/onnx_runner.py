@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from .denormals import no_denormals
 from .device import resolve_device
 from .errors import InputError
 from .onnx_attention import with_fused_attention
@@ -24,6 +25,7 @@ _explained: set[str] = set()
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _CPU = torch.device("cpu")
+_FLUSHES = "session.set_denormal_as_zero"
 _DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
@@ -74,14 +76,19 @@ class OnnxRunner:
         self.device = device
         provider = _PROVIDERS[device.type]
         settings: dict[str, Any] = {"device_id": device.index or 0} if device.type == "cuda" else {}
-        model: str | bytes | None = None
+        model: bytes | None = None
         options = onnxruntime.SessionOptions()
+        # Of its own threads. Nano-m runs 2.3 times as fast with it: attention's probabilities are full of denormals.
+        options.add_session_config_entry(_FLUSHES, "1")
         if device.type == "cpu" and (model := with_fused_attention(self.path)) is not None:
             # A graph from memory does not know where its `.data` file lies.
             options.add_session_config_entry(_DATA_FOLDER, str(self.path.absolute().parent))
         options.intra_op_num_threads = torch.get_num_threads() if threads is None else threads
         try:
-            self._session = onnxruntime.InferenceSession(model or str(path), options, providers=[(provider, settings)])
+            with no_denormals():  # The first session of a process would set this thread's state for good.
+                self._session = onnxruntime.InferenceSession(
+                    model or str(path), options, providers=[(provider, settings)]
+                )
         except Exception as error:  # Its errors share no narrower class.
             message = f"ONNX Runtime does not take it ({str(error).splitlines()[0]})"
             raise InputError(message, file=path) from error
@@ -100,7 +107,8 @@ class OnnxRunner:
             InputError: the runtime fails otherwise.
         """
         try:
-            found = self._session.run(list(outputs), {INPUT: tokens_BL})
+            with no_denormals():
+                found = self._session.run(list(outputs), {INPUT: tokens_BL})
         except Exception as error:  # As above.
             said, (rows, tokens) = str(error).splitlines()[0], tokens_BL.shape
             message = f"ONNX Runtime failed on {rows} rows of {tokens} tokens ({said})"

@@ -14,6 +14,7 @@ import torch
 from protnest.engine import Chain, Embedder, Encoder, InputError, load_model, read_embeddings, score_variants
 from protnest.engine.alphabet import MASK_ID, PAD_ID
 from protnest.engine.cli import app
+from protnest.engine.denormals import has_denormals, no_denormals
 from protnest.engine.exported_encoder import ExportedEncoder, runs_of
 from protnest.engine.models import load_any_encoder, load_checkpoint, load_encoder
 from protnest.engine.packing import ChosenRows, pack
@@ -332,6 +333,28 @@ def test_threads_are_torchs(plain: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     assert OnnxRunner(plain)._session.get_session_options().intra_op_num_threads == 3
     assert OnnxRunner(plain, threads=2)._session.get_session_options().intra_op_num_threads == 2
+
+
+@pytest.mark.skipif(not torch.set_flush_denormal(False), reason="this processor cannot flush denormals")
+def test_denormals_are_zeros_in_the_runtime_alone(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert has_denormals()
+    runner: Any = _load(plain)._runner
+    assert runner._session.get_session_options().get_session_config_entry("session.set_denormal_as_zero") == "1"
+    assert has_denormals()
+    inside: list[bool] = []
+
+    class _Session:
+        def run(self, *given: Any) -> list[np.ndarray]:
+            inside.append(has_denormals())
+            return [np.zeros(1)]
+
+    monkeypatch.setattr(runner, "_session", _Session())
+    runner.run_tokens(np.zeros((1, 3), dtype=np.int64), ["residue"])
+    assert inside == [False]
+    assert has_denormals()
+    with no_denormals():
+        runner.run_tokens(np.zeros((1, 3), dtype=np.int64), ["residue"])
+        assert not has_denormals()
 
 
 def test_batches_beyond_memory_are_cut(plain: Path, large: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
