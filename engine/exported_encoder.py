@@ -29,7 +29,7 @@ Tokens = npt.NDArray[np.int64]
 
 # Of a run, padding counted. On a CPU one protein of usual length fills the caches; a GPU wants more to be busy, and
 # attention's scores of so many tokens in rows of 1,024 are 1.3 GB over 20 heads in fp32.
-_RUN_TOKENS = {"cpu": 1024, "cuda": 16384}
+RUN_TOKENS = {"cpu": 1024, "cuda": 16384}
 _SHARE = 8
 _FEW = 8
 
@@ -240,7 +240,7 @@ class ExportedEncoder:
             raise InputError(message, file=self.path)
         tokens_T = batch.tokens_T.cpu().numpy()
         begins = np.cumsum((0, *batch.lengths_B))
-        for rows in runs_of(batch.lengths_B, _RUN_TOKENS[self.device.type]):
+        for rows in runs_of(batch.lengths_B, RUN_TOKENS[self.device.type]):
             tokens_BL = np.full((len(rows), batch.lengths_B[rows[0]]), PAD_ID, dtype=np.int64)
             for row_L, row in zip(tokens_BL, rows, strict=True):
                 row_L[: batch.lengths_B[row]] = tokens_T[begins[row] : begins[row + 1]]

@@ -85,7 +85,7 @@ class OnnxRunner:
             options.add_session_config_entry(_DATA_FOLDER, str(self.path.absolute().parent))
         options.intra_op_num_threads = torch.get_num_threads() if threads is None else threads
         try:
-            with no_denormals():  # The first session of a process would set this thread's state for good.
+            with no_denormals():  # A process's first session would set this thread for good.
                 self._session = onnxruntime.InferenceSession(
                     model or str(path), options, providers=[(provider, settings)]
                 )
