@@ -17,8 +17,8 @@ from protnest.engine import Chain, Embedder, Encoder, InputError, onnx_export
 from protnest.engine.alphabet import MASK_ID, TOKENS
 from protnest.engine.cli import app
 from protnest.engine.models import load_encoder
-from protnest.engine.onnx_export import check_outputs, export_onnx
-from protnest.engine.onnx_model import INPUT, OnnxModel, pad_tokens, read_facts
+from protnest.engine.onnx_export import INPUT, check_outputs, export_onnx
+from protnest.engine.onnx_model import OnnxModel, pad_tokens, read_facts
 from protnest.engine.packing import pack
 from typer.testing import CliRunner, Result
 

@@ -100,12 +100,10 @@ MUTANTS = {
         "(~padding_BL).float().sum(dim=1, keepdim=True)": "(~padding_BL).float().sum()",
         "masked_BL.float().sum(dim=1, keepdim=True)": "masked_BL.float().sum()",
     },
-    "positions all alike": {
-        "self.cos_PJ[:L, None], self.sin_PJ[:L, None]": "self.cos_PJ[:1, None], self.sin_PJ[:1, None]"
-    },
-    "positions counted backwards": {"self.sin_PJ[:L, None]": "-self.sin_PJ[:L, None]"},
-    "only queries turned": {"k = _turn(k, cos_L1J, sin_L1J)": "k = k"},
-    "pairs turned the wrong way": {"first * cos_L1J - second * sin_L1J": "first * cos_L1J + second * sin_L1J"},
+    "positions all alike": {"table_PJ[:L, None]": "table_PJ[:1, None]"},
+    "positions counted backwards": {"(self.cos_PJ, self.sin_PJ)": "(self.cos_PJ, -self.sin_PJ)"},
+    "only queries turned": {"k = _turn(k, cos_LHJ, sin_LHJ)": "k = k"},
+    "pairs turned the wrong way": {"first * cos_LHJ - second * sin_LHJ": "first * cos_LHJ + second * sin_LHJ"},
     "scores not scaled": {"q * self.head_width**-0.5": "q"},
     "<cls> and <eos> pooled": {" | (tokens == BOS_ID) | (tokens == EOS_ID)": ""},
     "padding pooled": {"blank_BL = padding_BL |": "blank_BL ="},
