@@ -148,6 +148,15 @@ def encoder_fingerprint(encoder: Encoder) -> str:
     return tensors_fingerprint(encoder.config, {name: state[name] for name in encoder_names(encoder.config)})
 
 
+def head_fingerprint(encoder: Encoder) -> str:
+    """Hash of the language-model head, of which a model's own fingerprint knows nothing; there must be one."""
+    assert encoder.head is not None
+    digest = hashlib.blake2b(digest_size=16)
+    for tensor in encoder.head.state_dict().values():
+        digest.update(tensor.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def tensors_fingerprint(config: Any, tensors: Tensors) -> str:
     """Hash of a model's configuration, a dataclass, and of tensors by their names, as fp32."""
     names = sorted(tensors)

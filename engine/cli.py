@@ -134,8 +134,8 @@ Models = Annotated[
     str | None,
     typer.Option(
         "--model",
-        help="Bundled name, folder in Hugging Face layout, fair-esm .pt file, or published name; with --chain several, "
-        "smallest first, joined by commas.",
+        help="Bundled name, folder in Hugging Face layout, fair-esm .pt file, published name, or exported .onnx file; "
+        "with --chain several, smallest first, joined by commas.",
         show_default="nano-s; with --chain the names that it was fitted on",
     ),
 ]
@@ -153,16 +153,16 @@ def _embedder(
     from .chain import Chain
     from .embedder import Embedder
     from .family import Family
-    from .models import DEFAULT_MODEL, load_encoder
+    from .models import DEFAULT_MODEL, load_any_encoder
 
     if chain_file is None:
         names = [DEFAULT_MODEL] if model is None else model.split(",")
-        return Embedder([load_encoder(name, **settings) for name in names], dims=dims, **options)
+        return Embedder([load_any_encoder(name, **settings) for name in names], dims=dims, **options)
     chain = Chain.load(chain_file)
     names = [each.name for each in chain.models] if model is None else model.split(",")
     if dims is not None:
         names = names[: chain.models_for(dims)]
-    family = Family(lambda place: load_encoder(names[place], **settings), len(names), resident=resident)
+    family = Family(lambda place: load_any_encoder(names[place], **settings), len(names), resident=resident)
     return Embedder(family, chain=chain, dims=dims, **options)
 
 

@@ -16,12 +16,12 @@ import torch
 from ..kernels import plan_batches
 from .chain import Chain
 from .device import precision_name
-from .encoder import Encoder
 from .errors import InputError
-from .family import Family
+from .exported_encoder import AnyEncoder, ExportedEncoder
+from .family import Family, listed
 from .fasta import clean_sequence
 from .graphs import GraphedEncoder, Runner, graphed
-from .nesting import Gathering, Nesting, PlainRows, PooledNesting, ResidueNesting
+from .nesting import Gathering, Nesting, PlainRows, PooledNesting, PooledRuns, ResidueNesting
 from .packing import pack, refuse_one_string
 from .pooling import check_pool
 from .retry import MemoryBudget, Work, half
@@ -43,9 +43,10 @@ class Embedder:
     """Embeds proteins with one model, or with an initial run of a chain's models as one nested embedding.
 
     Args:
-        model: the encoder; or several, smallest first, as a list or a `Family`.
+        model: the encoder, or an exported file; or several encoders, smallest first, as a list or a `Family`. A file
+            with a chain's nested row gives that for the pool "mean", and nothing for others.
         chain: makes one row of their embeddings; needed for several models. A row's first dimensions are the very row
-            that fewer of the models give.
+            that fewer of the models give. With an exported file it must be the one that is inside.
         dims: of the row, keep so many dimensions, and run no model beyond the one that they need; all by default.
         pool: "mean", "max" or "bos" for one vector a protein, "residue" for one a residue. The mean and the maximum are
             over residues only; "bos" is the `<cls>` token's vector, of the first window where there are several. In a
@@ -60,15 +61,17 @@ class Embedder:
     Attributes:
         dims: widths at which the embedding may be cut and is a smaller model's; the last is its own width.
         members: what is known of each model that runs.
+        exported: the exported file, where it is one that runs.
 
     Raises:
-        InputError: several models and no chain, models that are not the chain's, or `dims` beyond the chain.
+        InputError: several models and no chain, models that are not the chain's, `dims` beyond the chain, or an
+            exported file that lacks what is asked for.
         ValueError: `pool` or `long` is unknown, or `max_tokens` is not positive.
     """
 
     def __init__(
         self,
-        model: Encoder | Sequence[Encoder] | Family,
+        model: AnyEncoder | Sequence[AnyEncoder] | Family,
         *,
         chain: Chain | None = None,
         dims: int | None = None,
@@ -80,7 +83,7 @@ class Embedder:
         check_pool(pool)
         check_policy(long)
         if not isinstance(model, Family):
-            model = Family.of([model] if isinstance(model, Encoder) else list(model))
+            model = Family.of(listed(model))
         if max_tokens is None:
             max_tokens = default_max_tokens(model.members[0].device)
         if max_tokens < 1:
@@ -97,7 +100,11 @@ class Embedder:
         self.members = model.members
         self._nesting: Nesting | None = None
         self.dims: tuple[int, ...] = (self.members[0].dim,)
-        if chain is not None:
+        self.exported: ExportedEncoder | None = None
+        self._output: str | None = None
+        if any(member.norm is None for member in self.members):
+            self._export(chain, dims)
+        elif chain is not None:
             self._nest(chain, dims)
         elif len(self.members) > 1:
             message = f"{len(self.members)} models and no chain: `protnest fit-chain` makes one row of their embeddings"
@@ -119,8 +126,36 @@ class Embedder:
         width = widths[-1] if dims is None else dims
         self.dims = (width,) if chain.is_naive else (*widths[:-1], width)
 
+    def _export(self, chain: Chain | None, dims: int | None) -> None:
+        encoder = self._family[0]
+        if len(self.members) > 1 or not isinstance(encoder, ExportedEncoder):
+            message = (
+                f"{len(self.members)} models, and an exported file is among them: it runs alone; "
+                "`protnest export --chain` puts a chain and its models into one"
+            )
+            raise InputError(message)
+        if chain is not None:
+            encoder.check_chain(chain.fingerprint)
+        self.exported, self.chain = encoder, None
+        self._output = encoder.pooled_output(self.pool)
+        widths = encoder.widths if self._output == "nested" else (encoder.dim,)
+        width = widths[-1] if dims is None else dims
+        if not 1 <= width <= widths[-1] or (len(widths) == 1 and width != widths[-1]):
+            message = f"dims is {dims}, but the file gives {widths[-1]}, nested at {', '.join(map(str, widths))}"
+            raise InputError(message, file=encoder.path)
+        self.dims = (*(each for each in widths if each < width), width)
+
+    def why_too_long(self, residues: int) -> str | None:
+        """Why a protein of so many residues cannot be embedded; None where it can."""
+        if residues <= self.max_residues:
+            return None
+        if self.long == "error":
+            return f"{residues} residues, but the model was trained on at most {self.max_residues}"
+        why = None if self.exported is None else self.exported.why_not_beyond(self.long, self.pool)
+        return None if why is None else f"{residues} residues, but {why}"
+
     @property
-    def model(self) -> Encoder:
+    def model(self) -> AnyEncoder:
         """The largest model that runs."""
         return self._family[len(self.members) - 1]
 
@@ -176,11 +211,10 @@ class Embedder:
         refuse_one_string(sequences)
         pieces: list[Piece] = []
         for row, sequence in enumerate(sequences):
-            try:
-                pieces += cut(row, len(sequence), max_residues=self.max_residues, long=self.long)
-            except InputError as error:
-                message = f"sequence {row}: {error.problem}"
-                raise InputError(message) from error
+            if why := self.why_too_long(len(sequence)):
+                message = f"sequence {row}: {why}"
+                raise InputError(message)
+            pieces += cut(row, len(sequence), max_residues=self.max_residues, long=self.long)
         gathered = self._gathering(len(sequences))
         planned = list(self._plan(pieces))
         numbers = itertools.count(len(planned))
@@ -236,6 +270,8 @@ class Embedder:
 
     def _gathering(self, proteins: int) -> Gathering:
         width = self.dims[-1]
+        if self._output is not None:
+            return PooledRuns(self._output, proteins, width)
         if self._nesting is None:
             return PlainRows(self.pool, proteins, width)
         if self.pool in ("mean", "bos"):

@@ -56,32 +56,30 @@ class LayerGraph(nn.Module):
         )
 
     def forward(
-        self, x_BLD: torch.Tensor, cos_LJ: torch.Tensor, sin_LJ: torch.Tensor, padding_B11L: torch.Tensor
+        self, x_BLD: torch.Tensor, cos_LHJ: torch.Tensor, sin_LHJ: torch.Tensor, mask_B11L: torch.Tensor
     ) -> torch.Tensor:
-        x_BLD = x_BLD + self.out(self._attend(self.qkv(self.attention_norm(x_BLD)), cos_LJ, sin_LJ, padding_B11L))
+        x_BLD = x_BLD + self.out(self._attend(self.qkv(self.attention_norm(x_BLD)), cos_LHJ, sin_LHJ, mask_B11L))
         out_BLD: torch.Tensor = x_BLD + self.fc2(F.gelu(self.fc1(self.feedforward_norm(x_BLD))))
         return out_BLD
 
     def _attend(
-        self, qkv: torch.Tensor, cos_LJ: torch.Tensor, sin_LJ: torch.Tensor, padding_B11L: torch.Tensor
+        self, qkv: torch.Tensor, cos_LHJ: torch.Tensor, sin_LHJ: torch.Tensor, mask_B11L: torch.Tensor
     ) -> torch.Tensor:
         B, L = qkv.shape[0], qkv.shape[1]
-        parts = qkv.view(B, L, 3, self.heads, self.head_width).permute(2, 0, 3, 1, 4)
-        q, k, v = parts[0], parts[1], parts[2]
+        # What follows, up to the softmax's product with v, is what `onnx_attention` looks for.
+        q, k, v = (part.view(B, L, self.heads, self.head_width) for part in qkv.chunk(3, dim=-1))
         # Scaled before the product: in fp16 the sum then stays sqrt(K) times farther from its largest number.
-        q = _turn(q * self.head_width**-0.5, cos_LJ, sin_LJ).to(self.dtype)
-        k = _turn(k, cos_LJ, sin_LJ).to(self.dtype)
-        scores_BHLL = (q @ k.transpose(-1, -2)).float()
-        # Not minus infinity: a row of nothing but padding would become NaN.
-        scores_BHLL = scores_BHLL.masked_fill(padding_B11L, torch.finfo(torch.float32).min)
-        attended_BHLK = scores_BHLL.softmax(dim=-1).to(self.dtype) @ v.to(self.dtype)
+        q = _turn(q * self.head_width**-0.5, cos_LHJ, sin_LHJ).to(self.dtype)
+        k = _turn(k, cos_LHJ, sin_LHJ).to(self.dtype)
+        scores_BHLL = (q.transpose(1, 2) @ k.permute(0, 2, 3, 1)).float() + mask_B11L
+        attended_BHLK = scores_BHLL.softmax(dim=-1).to(self.dtype) @ v.to(self.dtype).transpose(1, 2)
         return attended_BHLK.float().transpose(1, 2).reshape(B, L, self.heads * self.head_width)
 
 
-def _turn(x_BHLK: torch.Tensor, cos_LJ: torch.Tensor, sin_LJ: torch.Tensor) -> torch.Tensor:
+def _turn(x_BLHK: torch.Tensor, cos_LHJ: torch.Tensor, sin_LHJ: torch.Tensor) -> torch.Tensor:
     """Rotary positions, as `kernels.rotary` defines them."""
-    first, second = x_BHLK.chunk(2, dim=-1)
-    return torch.cat((first * cos_LJ - second * sin_LJ, second * cos_LJ + first * sin_LJ), dim=-1)
+    first, second = x_BLHK.chunk(2, dim=-1)
+    return torch.cat((first * cos_LHJ - second * sin_LHJ, second * cos_LHJ + first * sin_LHJ), dim=-1)
 
 
 class EncoderGraph(nn.Module):
@@ -100,6 +98,7 @@ class EncoderGraph(nn.Module):
         super().__init__()
         config = encoder.config
         self.embed_tokens = encoder.embed_tokens
+        self.heads = config.heads
         self.token_dropout = config.token_dropout
         self.eps = config.layer_norm_eps
         self.final_norm = encoder.final_norm
@@ -116,8 +115,13 @@ class EncoderGraph(nn.Module):
         x_BLD: torch.Tensor = self.embed_tokens(tokens_BL)
         if self.token_dropout:
             x_BLD = x_BLD * self._scale(tokens_BL, padding_BL)[..., None]
+        # Added, not filled in: ONNX Runtime's Where takes four times as long as its Add over all scores. And not minus
+        # infinity: a row of nothing but padding would become NaN.
+        mask_BL = torch.zeros_like(x_BLD[..., 0]).masked_fill(padding_BL, torch.finfo(torch.float32).min)
+        # For every head, and not by broadcast: in each of four products a layer that goes over K / 2 numbers at a time.
+        cos_LHJ, sin_LHJ = (table_PJ[:L, None].expand(-1, self.heads, -1) for table_PJ in (self.cos_PJ, self.sin_PJ))
         for layer in self.layers:
-            x_BLD = layer(x_BLD, self.cos_PJ[:L], self.sin_PJ[:L], padding_BL[:, None, None, :])
+            x_BLD = layer(x_BLD, cos_LHJ, sin_LHJ, mask_BL[:, None, None, :])
         return x_BLD
 
     def _scale(self, tokens_BL: torch.Tensor, padding_BL: torch.Tensor) -> torch.Tensor:

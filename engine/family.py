@@ -10,6 +10,7 @@ import torch
 from .config import EncoderConfig
 from .encoder import Encoder
 from .errors import InputError
+from .exported_encoder import AnyEncoder, ExportedEncoder
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -19,7 +20,7 @@ class Member:
     Attributes:
         name, fingerprint, config: as of `Encoder`.
         device, dtype: where it runs, and what its products multiply.
-        norm_weight_D, norm_bias_D: the affine part of its final LayerNorm, on the CPU.
+        norm: weight and bias (D,) of its final LayerNorm, on the CPU; None of an exported file, which no chain takes.
     """
 
     name: str
@@ -27,8 +28,7 @@ class Member:
     config: EncoderConfig
     device: torch.device
     dtype: torch.dtype
-    norm_weight_D: torch.Tensor
-    norm_bias_D: torch.Tensor
+    norm: tuple[torch.Tensor, torch.Tensor] | None
 
     @property
     def dim(self) -> int:
@@ -36,16 +36,23 @@ class Member:
         return self.config.width
 
 
-def _member(encoder: Encoder) -> Member:
+def _member(encoder: AnyEncoder) -> Member:
+    norm = None
+    if isinstance(encoder, Encoder):
+        norm = (encoder.final_norm.weight.detach().cpu(), encoder.final_norm.bias.detach().cpu())
     return Member(
         name=encoder.name,
         fingerprint=encoder.fingerprint,
         config=encoder.config,
         device=encoder.device,
         dtype=encoder.product_dtype,
-        norm_weight_D=encoder.final_norm.weight.detach().cpu(),
-        norm_bias_D=encoder.final_norm.bias.detach().cpu(),
+        norm=norm,
     )
+
+
+def listed(model: AnyEncoder | Sequence[AnyEncoder]) -> list[AnyEncoder]:
+    """One encoder or several as a list."""
+    return [model] if isinstance(model, Encoder | ExportedEncoder) else list(model)
 
 
 class Family:
@@ -63,10 +70,10 @@ class Family:
         InputError: there is no model, or they run on different devices or in different precisions.
     """
 
-    def __init__(self, load: Callable[[int], Encoder], count: int, *, resident: bool = True) -> None:
+    def __init__(self, load: Callable[[int], AnyEncoder], count: int, *, resident: bool = True) -> None:
         self.resident = resident
         self._load = load
-        self._held: dict[int, Encoder] = {}
+        self._held: dict[int, AnyEncoder] = {}
         self.members = tuple(_member(self[place]) for place in range(count))
         if not self.members:
             message = "no model: pass one encoder, or the models of a chain"
@@ -81,14 +88,14 @@ class Family:
                 raise InputError(message)
 
     @classmethod
-    def of(cls, encoders: Sequence[Encoder]) -> Family:
+    def of(cls, encoders: Sequence[AnyEncoder]) -> Family:
         """Encoders that are in memory already."""
         return cls(encoders.__getitem__, len(encoders))
 
     def __len__(self) -> int:
         return len(self.members)
 
-    def __getitem__(self, place: int) -> Encoder:
+    def __getitem__(self, place: int) -> AnyEncoder:
         """The encoder at a place, from 0. Where one is held at a time, the one before it is let go of first."""
         if place not in self._held:
             if not self.resident:

@@ -24,6 +24,7 @@ from ..kernels.hardware import why_not_triton
 from .alphabet import EOS_ID
 from .config import EncoderConfig
 from .encoder import Encoder, EncoderOutput
+from .exported_encoder import AnyEncoder, ExportedEncoder
 from .packing import PackedBatch
 from .transfer import to_device
 
@@ -235,11 +236,13 @@ class GraphedEncoder:
         return None
 
 
-Runner = Encoder | GraphedEncoder
+Runner = AnyEncoder | GraphedEncoder
 
 
-def graphed(encoder: Encoder, *, wanted: bool = True) -> Runner:
+def graphed(encoder: AnyEncoder, *, wanted: bool = True) -> Runner:
     """The encoder with graphs, or itself where they cannot be had or do not pay; which of them is logged once."""
+    if isinstance(encoder, ExportedEncoder):
+        return encoder
     reason = why_not_graphs(encoder.config, encoder.device, wanted=wanted)
     if encoder.device.type == "cuda":
         line = f"{encoder.name} runs {'with' if reason is None else 'without'} CUDA graphs"

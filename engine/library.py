@@ -151,8 +151,8 @@ def survey_library(
         length = len(record.sequence)
         if length > embedder.max_residues:
             beyond += 1
-            if embedder.long == "error":
-                raise _too_long(fasta, record, embedder.max_residues)
+            if why := embedder.why_too_long(length):
+                raise _located(fasta, record, f"{why}; --long says what to do")
         records += 1
         residues += length
         longest = max(longest, length)
@@ -163,11 +163,6 @@ def survey_library(
 
 def _work(record: Record, embedder: Embedder) -> int:
     return residues_run(len(record.sequence), max_residues=embedder.max_residues, long=embedder.long)
-
-
-def _too_long(fasta: Path, record: Record, limit: int) -> InputError:
-    message = f"{len(record.sequence)} residues, but the model was trained on at most {limit}; --long says what to do"
-    return _located(fasta, record, message)
 
 
 def _located(fasta: Path, record: Record, message: str) -> InputError:
@@ -244,6 +239,7 @@ def _settings(embedder: Embedder, options: LibraryOptions, survey: Survey) -> di
         "model_fingerprint": largest.fingerprint,
         "layers": largest.config.layers,
         **_chain_settings(embedder),
+        **_exported_settings(embedder),
         "width": embedder.dims[-1],
         "pool": embedder.pool,
         "precision": embedder.precision,
@@ -267,6 +263,21 @@ def _chain_settings(embedder: Embedder) -> dict[str, Any]:
         "models": [member.name for member in embedder.members],
         "model_fingerprints": [member.fingerprint for member in embedder.members],
         "chain_fingerprint": embedder.chain.fingerprint,
+        "dims": list(embedder.dims),
+    }
+
+
+def _exported_settings(embedder: Embedder) -> dict[str, Any]:
+    """Of an exported file: its runtime, whose bits are not torch's, and the chain inside where its row is taken."""
+    exported = embedder.exported
+    if exported is None:
+        return {}
+    models = exported.facts["models"]
+    return {
+        "runtime": exported.runtime,
+        "models": [model["name"] for model in models],
+        "model_fingerprints": [model["fingerprint"] for model in models],
+        "chain_fingerprint": exported.facts["chain"],
         "dims": list(embedder.dims),
     }
 

@@ -17,6 +17,7 @@ from .decoder_config import BUNDLED_DECODERS
 from .device import resolve_device, resolve_precision
 from .encoder import Encoder
 from .errors import InputError
+from .exported_encoder import AnyEncoder, ExportedEncoder
 from .fair_esm import read_fair_esm
 from .quantise import quantised
 from .quantise_decoder import quantised_decoder
@@ -27,11 +28,31 @@ DEFAULT_MODEL = "nano-s"
 DEFAULT_DECODER = "nano-gpt"
 _HUB_OWNER = "facebook"
 PUBLISHED_DECODER = "nferruz/ProtGPT2"
+EXPORTED_SUFFIXES = (".onnx",)
 _ENCODER_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
 _DECODER_FILES = (*_ENCODER_FILES, "tokenizer.json", "vocab.json", "merges.txt")
 
 
 def load_model(
+    model: str | Path = DEFAULT_MODEL, *, device: str = "auto", precision: str = "auto"
+) -> Encoder | Decoder | ExportedEncoder:
+    """Loads an encoder or a decoder, whichever the checkpoint holds, or an exported file.
+
+    Args:
+        model: as `load_checkpoint` takes it, or a file of `protnest export` (.onnx).
+        device: "auto", "cpu", "cuda" or "cuda:N"; an ONNX file runs on a GPU where the installed onnxruntime has CUDA.
+        precision: as `load_checkpoint` takes it; an exported file has its own, which is "auto".
+
+    Raises:
+        InputError: as `load_checkpoint`; the file is no export, its runtime is missing or does not take it, or has
+            another precision.
+    """
+    if _is_exported(model):
+        return load_exported(model, device=device, precision=precision)
+    return load_checkpoint(model, device=device, precision=precision)
+
+
+def load_checkpoint(
     model: str | Path = DEFAULT_MODEL, *, device: str = "auto", precision: str = "auto"
 ) -> Encoder | Decoder:
     """Loads an encoder or a decoder, whichever the checkpoint holds.
@@ -46,9 +67,12 @@ def load_model(
             (CPUs only; integer products, see `protnest.engine.quantise`).
 
     Raises:
-        InputError: there is no such model, device or precision, or the checkpoint is not a whole ESM-2 encoder or
-            GPT-2 decoder.
+        InputError: there is no such model, device or precision, the checkpoint is not a whole ESM-2 encoder or GPT-2
+            decoder, or it is an exported file.
     """
+    if _is_exported(model):
+        message = "is an exported file, which embeds and scores; this takes the checkpoint that it was made of"
+        raise InputError(message, file=model)
     # Both are settled first: a wrong word should not cost the reading of gigabytes.
     where = resolve_device(device)
     dtype = resolve_precision(precision, where)
@@ -61,12 +85,12 @@ def load_model(
 
 
 def load_encoder(model: str | Path = DEFAULT_MODEL, *, device: str = "auto", precision: str = "auto") -> Encoder:
-    """`load_model` for whoever needs an encoder.
+    """`load_checkpoint` for whoever needs an encoder.
 
     Raises:
-        InputError: as `load_model`, or the checkpoint holds a decoder.
+        InputError: as `load_checkpoint`, or the checkpoint holds a decoder.
     """
-    found = load_model(model, device=device, precision=precision)
+    found = load_checkpoint(model, device=device, precision=precision)
     if not isinstance(found, Encoder):
         message = (
             f"{found.name} is a decoder, which generates, scores variants and can be evaluated; this takes an encoder"
@@ -76,16 +100,45 @@ def load_encoder(model: str | Path = DEFAULT_MODEL, *, device: str = "auto", pre
 
 
 def load_decoder(model: str | Path = DEFAULT_DECODER, *, device: str = "auto", precision: str = "auto") -> Decoder:
-    """`load_model` for whoever needs a decoder.
+    """`load_checkpoint` for whoever needs a decoder.
 
     Raises:
-        InputError: as `load_model`, or the checkpoint holds an encoder.
+        InputError: as `load_checkpoint`, or the checkpoint holds an encoder.
     """
-    found = load_model(model, device=device, precision=precision)
+    found = load_checkpoint(model, device=device, precision=precision)
     if not isinstance(found, Decoder):
         message = f"{found.name} is an encoder, which cannot generate; this takes a decoder, such as {DEFAULT_DECODER}"
         raise InputError(message)
     return found
+
+
+def load_any_encoder(model: str | Path = DEFAULT_MODEL, *, device: str = "auto", precision: str = "auto") -> AnyEncoder:
+    """`load_model` for whoever embeds.
+
+    Raises:
+        InputError: as `load_model`, or the checkpoint holds a decoder.
+    """
+    load = load_exported if _is_exported(model) else load_encoder
+    return load(model, device=device, precision=precision)
+
+
+def load_exported(path: str | Path, *, device: str = "auto", precision: str = "auto") -> ExportedEncoder:
+    """Loads a file of `protnest export`; see `load_model`."""
+    from .onnx_model import read_facts
+    from .onnx_runner import OnnxRunner, choose_device
+
+    path = Path(path).expanduser()
+    facts = read_facts(path)
+    if precision not in ("auto", facts["precision"]):
+        message = f"is {facts['precision']}, got precision {precision!r}: that of a file is chosen when it is exported"
+        raise InputError(message, file=path)
+    runner = OnnxRunner(path, device=choose_device(device))
+    return ExportedEncoder(runner, facts, path=path, device=runner.device, runtime=runner.name)
+
+
+def _is_exported(model: str | Path) -> bool:
+    path = Path(model).expanduser()
+    return path.suffix in EXPORTED_SUFFIXES and not path.is_dir()
 
 
 def _read(model: str | Path) -> tuple[Encoder | Decoder, list[str]]:
@@ -97,7 +150,9 @@ def _read(model: str | Path) -> tuple[Encoder | Decoder, list[str]]:
         return _read_folder(path, path.name)
     if path.is_file():
         if path.suffix != ".pt":
-            message = "a model file ends in .pt (fair-esm); other checkpoints are folders"
+            message = (
+                f"a model file ends in .pt (fair-esm) or {', '.join(EXPORTED_SUFFIXES)}; other checkpoints are folders"
+            )
             raise InputError(message, file=path)
         return read_fair_esm(path)
     published = name.removeprefix(f"{_HUB_OWNER}/")

@@ -15,11 +15,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from ..kernels import nested_embed
 from .chain import Chain, Fold
+from .exported_encoder import ExportedEncoder
 from .family import Member
 from .graphs import Runner
 from .packing import PackedBatch
@@ -59,6 +61,31 @@ class PlainRows:
         return self._rows.result()
 
 
+class PooledRuns:
+    """An exported file that pools by itself.
+
+    Args:
+        output: "mean" or "nested".
+        proteins: B.
+        width: of the row, whose first dimensions are kept.
+    """
+
+    def __init__(self, output: str, proteins: int, width: int) -> None:
+        self._output = output
+        self._rows_BW = np.zeros((proteins, width), dtype=np.float32)
+
+    def take(self, level: int, number: int, pieces: Sequence[Piece], packed: PackedBatch, encoder: Runner) -> None:
+        assert isinstance(encoder, ExportedEncoder)
+        rows_BW = encoder.pooled(packed, self._output).numpy()
+        self._rows_BW[[piece.row for piece in pieces]] = rows_BW[:, : self._rows_BW.shape[1]]
+
+    def divide(self, number: int, first: int, second: int, tokens: int) -> None:
+        """Nothing is kept of a batch."""
+
+    def result(self) -> Floats:
+        return self._rows_BW
+
+
 class Nesting:
     """The stages of a chain, folded with its models' final LayerNorms.
 
@@ -76,8 +103,9 @@ class Nesting:
         self.members = tuple(members)
         self.widths = chain.widths[: len(members)]
         self.folds = tuple(
-            stage.fold(member.norm_weight_D, member.norm_bias_D)
+            stage.fold(*member.norm)
             for stage, member in zip(chain.stages, members[1:], strict=False)
+            if member.norm is not None
         )
 
     def append(

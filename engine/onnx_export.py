@@ -15,6 +15,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import torch
 from .alphabet import BOS_ID, EOS_ID, PAD_ID, TOKENS
 from .atomic import write_atomically
 from .chain import Chain
+from .checkpoint import head_fingerprint
 from .device import PRECISIONS
 from .encoder import Encoder
 from .errors import InputError
@@ -142,6 +144,8 @@ def _facts(
     encoders: Sequence[Encoder], chain: Chain | None, outputs: Sequence[str], precision: str, limit: int
 ) -> dict[str, Any]:
     width = encoders[-1].dim
+    # A naive chain's row has no prefixes.
+    nests = chain is not None and "nested" in outputs and not chain.is_naive
     axes = {
         "logits": ["batch", "length", len(TOKENS)],
         "residue": ["batch", "length", width],
@@ -150,10 +154,17 @@ def _facts(
     }
     return {
         "models": [
-            {"name": encoder.name, "width": encoder.dim, "fingerprint": encoder.fingerprint} for encoder in encoders
+            {
+                "name": encoder.name,
+                "width": encoder.dim,
+                "fingerprint": encoder.fingerprint,
+                "config": asdict(encoder.config),
+            }
+            for encoder in encoders
         ],
+        "language_head": head_fingerprint(encoders[-1]) if "logits" in outputs else None,
         "chain": None if chain is None else chain.fingerprint,
-        "widths": [encoder.dim for encoder in encoders] if "nested" in outputs else [width],
+        "widths": [encoder.dim for encoder in encoders] if nests else [width],
         "precision": precision,
         "outputs": {name: axes[name] for name in outputs},
         "limits": {"max_residues": limit, "max_tokens": limit + _EDGES},

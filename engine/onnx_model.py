@@ -1,4 +1,4 @@
-"""An exported ONNX file at work: what it says of itself, and proteins through ONNX Runtime.
+"""An exported ONNX file: what it says of itself, and proteins through it by name of output.
 
 Shapes: B proteins, L tokens of the longest, D width of an output.
 """
@@ -16,7 +16,8 @@ import numpy.typing as npt
 from .alphabet import BOS_ID, EOS_ID, PAD_ID, RESIDUE_TABLE
 from .errors import InputError
 from .fasta import clean_sequence
-from .onnx_export import INPUT, SCHEMA_VERSION, require
+from .onnx_export import SCHEMA_VERSION, require
+from .onnx_runner import OnnxRunner
 from .packing import refuse_one_string
 
 Floats = npt.NDArray[np.float32]
@@ -57,11 +58,11 @@ def read_facts(path: str | Path) -> dict[str, Any]:
 
 
 class OnnxModel:
-    """An exported file, run by ONNX Runtime on the CPU.
+    """An exported file, run by ONNX Runtime on the CPU; `load_model` makes an encoder of it.
 
     Args:
         path: the file; its `.data` file, where it has one, lies beside it.
-        threads: of one operation; by default as ONNX Runtime chooses.
+        threads: see `OnnxRunner`.
 
     Attributes:
         facts: see `read_facts`.
@@ -69,25 +70,15 @@ class OnnxModel:
         max_residues: the longest protein.
 
     Raises:
-        InputError: see `read_facts`; the runtime does not take the file, or the package onnxruntime is missing.
+        InputError: see `read_facts` and `OnnxRunner`.
     """
 
     def __init__(self, path: str | Path, *, threads: int | None = None) -> None:
-        require("onnxruntime")
         self.path = Path(path)
         self.facts = read_facts(path)
         self.outputs: tuple[str, ...] = tuple(self.facts["outputs"])
         self.max_residues: int = self.facts["limits"]["max_residues"]
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        try:
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # Its errors share no narrower class.
-            message = f"ONNX Runtime does not take it ({str(error).splitlines()[0]})"
-            raise InputError(message, file=path) from error
+        self._runner = OnnxRunner(path, threads=threads)
 
     def run(self, sequences: Sequence[str], outputs: Sequence[str] | None = None) -> dict[str, Floats | list[Floats]]:
         """Runs proteins as one padded batch.
@@ -113,11 +104,8 @@ class OnnxModel:
         cleaned = [self._clean(row, sequence) for row, sequence in enumerate(sequences)]
         if not cleaned:
             return {name: self._nothing(name) for name in wanted}
-        found = self._session.run(list(wanted), {INPUT: pad_tokens(cleaned)})
-        return {
-            name: value if value.ndim == 2 else _residues(value, cleaned)
-            for name, value in zip(wanted, found, strict=True)
-        }
+        found = self._runner.run_tokens(pad_tokens(cleaned), wanted)
+        return {name: value if value.ndim == 2 else _residues(value, cleaned) for name, value in found.items()}
 
     def _clean(self, row: int, sequence: str) -> str:
         try:

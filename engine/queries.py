@@ -19,8 +19,8 @@ import torch
 from ..kernels import plan_batches, tokenise
 from .alphabet import BOS_ID, EOS_ID, MASK_ID, RESIDUE_TABLE
 from .embedder import default_max_tokens
-from .encoder import Encoder
 from .errors import InputError
+from .exported_encoder import AnyEncoder, ExportedEncoder
 from .packing import ChosenRows, pack_tokens
 from .retry import DoesNotFit, MemoryBudget, Work, cut_in_two
 from .transfer import Arrivals
@@ -58,33 +58,40 @@ def token_ids(sequence: str) -> Tokens:
     return tokenise([sequence.encode("ascii", "replace")], RESIDUE_TABLE, bos=BOS_ID, eos=EOS_ID)[0]
 
 
+def check_logits(encoder: AnyEncoder) -> None:
+    """Raises InputError where an encoder has no language-model head, or an exported file gives no logits."""
+    if isinstance(encoder, ExportedEncoder):
+        encoder.check_output("logits")
+    elif encoder.head is None:
+        message = (
+            f"{encoder.name} has no language-model head: its checkpoint holds the encoder alone, from which only a "
+            "fitted ridge head reads scores"
+        )
+        raise InputError(message)
+
+
 class QueryRunner:
     """Runs queries through one encoder, in near-full batches.
 
     Args:
-        encoder: has a language-model head.
+        encoder: has a language-model head, or is a file that gives logits.
         max_tokens: most tokens in a batch; by default as many as `Embedder` takes. A longer sequence has a batch of its
             own. A batch that does not fit into a GPU's memory is cut in two.
         after_batch: called with the number of residues that have just been run.
 
     Raises:
-        InputError: the encoder has no language-model head.
+        InputError: the encoder has no language-model head, or the file gives no logits.
         ValueError: `max_tokens` is not positive.
     """
 
     def __init__(
         self,
-        encoder: Encoder,
+        encoder: AnyEncoder,
         *,
         max_tokens: int | None = None,
         after_batch: Callable[[int], None] = lambda residues: None,
     ) -> None:
-        if encoder.head is None:
-            message = (
-                f"{encoder.name} has no language-model head: its checkpoint holds the encoder alone, from which only a "
-                "fitted ridge head reads scores"
-            )
-            raise InputError(message)
+        check_logits(encoder)
         self.encoder = encoder
         self.max_tokens = default_max_tokens(encoder.device) if max_tokens is None else max_tokens
         if self.max_tokens < 1:

@@ -26,9 +26,9 @@ from safetensors.numpy import save_file
 from .atomic import write_atomically
 from .chain import Chain, ChainModel
 from .embedder import Embedder
-from .encoder import Encoder
 from .errors import InputError
-from .family import Family, Member
+from .exported_encoder import AnyEncoder
+from .family import Family, Member, listed
 from .schema_version import check_schema_version
 from .variants import Variant, confine
 
@@ -301,7 +301,7 @@ def _is_the_model(member: Member, model: ChainModel) -> bool:
 
 def score_with_head(
     head: RidgeHead,
-    model: Encoder | Sequence[Encoder] | Family,
+    model: AnyEncoder | Sequence[AnyEncoder] | Family,
     variants: Sequence[Variant],
     *,
     wild_type: str | None = None,
@@ -328,7 +328,7 @@ def score_with_head(
             `RidgeHead.check_variants`); or embeddings are not finite.
     """
     seen = head.check_variants(variants, wild_type=wild_type)
-    family = model if isinstance(model, Family) else Family.of([model] if isinstance(model, Encoder) else list(model))
+    family = model if isinstance(model, Family) else Family.of(listed(model))
     head.check_models(family.members, chain)
     embedder = Embedder(
         family,

@@ -10,11 +10,11 @@ from typing import Literal
 from .assay import AssayOptions
 from .chain import Chain
 from .decoder import Decoder
-from .encoder import Encoder
 from .errors import InputError
+from .exported_encoder import AnyEncoder
 from .family import Family
 from .likelihoods import Reach, check_decoder_method
-from .models import DEFAULT_MODEL, load_encoder, load_model
+from .models import DEFAULT_MODEL, load_any_encoder, load_model
 from .ridge_head import RidgeHead
 from .score_run import Scorer
 from .score_survey import SurveyOptions
@@ -35,8 +35,8 @@ class ScoreJob:
         wild_types: FASTA file, or table, see `assay.read_targets`.
         tables: of variants, or folders of them; none for all single substitutions of every wild type.
         out: a file for one table, a folder for several; None writes none.
-        models: names, folders or files; with `chain` the chain's, smallest first. None takes the head's, the chain's,
-            or the default.
+        models: names, folders or files, exported ones among them; with `chain` the chain's, smallest first. None takes
+            the head's, the chain's, or the default.
         method, compat: see `scoring`.
         head, chain: files of a fitted ridge head, which then scores in the method's place, and of the chain it reads.
         aggregate: how the scores of several models become one.
@@ -108,7 +108,7 @@ class ScoreModels:
         self.language_heads: dict[int, str] = {}
         self._reaches: list[Reach] = []
         self._reached: set[str] = set()
-        self._held: tuple[int, Encoder | Decoder] | None = None
+        self._held: tuple[int, AnyEncoder | Decoder] | None = None
         if self.head is not None:
             self._read_family(self.head, self._paths)
         else:
@@ -117,7 +117,7 @@ class ScoreModels:
     def _read_family(self, head: RidgeHead, paths: Sequence[str]) -> None:
         job = self._job
         self.family = Family(
-            lambda place: load_encoder(paths[place], device=job.device, precision=job.precision), len(paths)
+            lambda place: load_any_encoder(paths[place], device=job.device, precision=job.precision), len(paths)
         )
         members = self.family.members
         head.check_models(members, self.chain)
@@ -141,7 +141,7 @@ class ScoreModels:
             self.precision, self.device = model.precision, model.device.type
         self.names = tuple(name for name, _ in self.fingerprints)
 
-    def _model(self, place: int) -> Encoder | Decoder:
+    def _model(self, place: int) -> AnyEncoder | Decoder:
         """The model at a place; the one before it is let go of first."""
         if self._held is None or self._held[0] != place:
             self._held = None

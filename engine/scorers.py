@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from .chain import Chain
+from .checkpoint import head_fingerprint
 from .decoder import Decoder
 from .embedder import default_max_tokens
-from .encoder import Encoder
+from .exported_encoder import AnyEncoder, ExportedEncoder
 from .family import Family
 from .likelihoods import LikelihoodRunner
-from .queries import QueryRunner
+from .queries import QueryRunner, check_logits
 from .ridge_head import RidgeHead, score_with_head
 from .score_state import Values
 from .scoring import SITE_METHODS, mutant_marginals, pseudo_log_likelihoods, site_logits
@@ -24,18 +24,18 @@ class ModelScorer:
     """One model's language-model head, see `scoring`; a `score_run.Scorer`.
 
     Args:
-        encoder: has a language-model head.
+        encoder: has a language-model head, or is a file that gives logits.
         method, compat: see `scoring.score_variants`.
         max_tokens: most tokens in a batch; the device's usual number by default.
         after_batch: called with the number of residues that have just been run.
 
     Raises:
-        InputError: the encoder has no language-model head.
+        InputError: the encoder has no language-model head, or the file gives no logits.
     """
 
     def __init__(
         self,
-        encoder: Encoder,
+        encoder: AnyEncoder,
         *,
         method: str,
         compat: str | None,
@@ -65,18 +65,18 @@ class ModelScorer:
         return min(length, self.limit) * (length if self._method == "pseudo-ll" else 1)
 
 
-def language_head_hash(encoder: Encoder) -> str:
+def language_head_hash(encoder: AnyEncoder) -> str:
     """Hash of the language-model head, on which scores depend and of which a model's own fingerprint knows nothing.
 
+    An exported file's names its runtime, too, whose bits are others.
+
     Raises:
-        InputError: the encoder has no language-model head.
+        InputError: the encoder has no language-model head, or the file gives no logits.
     """
-    head = QueryRunner(encoder).encoder.head
-    assert head is not None
-    digest = hashlib.blake2b(digest_size=16)
-    for tensor in head.state_dict().values():
-        digest.update(tensor.detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()
+    check_logits(encoder)
+    if isinstance(encoder, ExportedEncoder):
+        return f"{encoder.language_head} {encoder.runtime}"
+    return head_fingerprint(encoder)
 
 
 class LikelihoodScorer:

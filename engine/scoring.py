@@ -29,6 +29,7 @@ import numpy.typing as npt
 from .decoder import Decoder
 from .encoder import Encoder
 from .errors import InputError
+from .exported_encoder import AnyEncoder, ExportedEncoder
 from .fasta import clean_sequence
 from .likelihoods import LikelihoodRunner, check_decoder_method
 from .packing import refuse_one_string
@@ -224,7 +225,7 @@ def aggregate_scores(scores_MN: npt.NDArray[np.floating], aggregate: str = "mean
 
 
 def score_variants(
-    model: Encoder | Decoder | Sequence[Encoder | Decoder],
+    model: AnyEncoder | Decoder | Sequence[AnyEncoder | Decoder],
     wt: str,
     variants: Sequence[str | Variant],
     *,
@@ -240,7 +241,8 @@ def score_variants(
     Touched sites and distinct mutants run once each, however often they are named.
 
     Args:
-        model: an encoder with a language-model head, or a decoder; or several, whose scores are aggregated.
+        model: an encoder with a language-model head, an exported file that gives logits, or a decoder; or several,
+            whose scores are aggregated.
         wt: the wild type's residues.
         variants: N of them: `A24G`, several substitutions joined with colons, `WT`; or `Variant`s of this wild type, as
             `variant_of_sequence` makes them of mutated sequences.
@@ -267,7 +269,7 @@ def score_variants(
     parsed = [each if isinstance(each, Variant) else parse_variant(each, wild_type, offset=offset) for each in variants]
     for variant in parsed:
         check_variant(variant, method)
-    models = [model] if isinstance(model, Encoder | Decoder) else list(model)
+    models = [model] if isinstance(model, Encoder | ExportedEncoder | Decoder) else list(model)
     if not models:
         message = "no model is given"
         raise InputError(message)

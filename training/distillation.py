@@ -22,7 +22,7 @@ from ..engine.decoder import Decoder
 from ..engine.device import precision_name, resolve_device, resolve_precision
 from ..engine.encoder import Encoder
 from ..engine.errors import InputError
-from ..engine.models import load_model
+from ..engine.models import load_checkpoint
 from ..kernels.kd_options import KDOptions
 from .causal_task import CausalTask, causal_corpus
 from .corpus import Share, read_shares
@@ -141,7 +141,7 @@ def distill(
     callbacks = callbacks if callbacks is not None and processes.is_first else Callbacks()
     resolved = own_device(resolve_device(device))
     precision = precision_name(resolve_precision(config.trainer.precision, resolved))
-    taught_by = None if teacher is None else load_model(teacher, device=str(resolved), precision=precision)
+    taught_by = None if teacher is None else load_checkpoint(teacher, device=str(resolved), precision=precision)
     train, held_out = read_shares(data)
     student = _student(config, taught_by)
     plan = _plan(student, taught_by, train, config, cache, processes)
@@ -221,7 +221,7 @@ def _student(config: DistillConfig, teacher: Encoder | Decoder | None) -> Encode
             raise InputError(message)
         copy_layers(student, teacher)
     elif config.init != RANDOM:
-        begun_as = load_model(config.init, device="cpu", precision="fp32")
+        begun_as = load_checkpoint(config.init, device="cpu", precision="fp32")
         if not isinstance(student, Encoder) or not isinstance(begun_as, Encoder):
             message = f"{student.name} cannot begin as {begun_as.name}: only encoders grow"
             raise InputError(message)

@@ -214,11 +214,11 @@ def _load(
 ) -> Predictor:
     """A model by name, as what can be judged: the one place that knows kinds of models."""
     from ..engine.decoder import Decoder
-    from ..engine.models import load_model
+    from ..engine.models import load_checkpoint
     from .decoder_prediction import DecoderPredictor
     from .prediction import EncoderPredictor
 
-    model = load_model(name, device=device, precision=precision)
+    model = load_checkpoint(name, device=device, precision=precision)
     if isinstance(model, Decoder):
         return DecoderPredictor(model, max_tokens=max_tokens, after_batch=after_batch)
     return EncoderPredictor(model, seed=seed, max_tokens=max_tokens, after_batch=after_batch)

@@ -18,7 +18,7 @@ from ..engine.device import precision_name, resolve_device, resolve_precision
 from ..engine.encoder import Encoder
 from ..engine.errors import InputError
 from ..engine.json_object import read_object
-from ..engine.models import load_model
+from ..engine.models import load_checkpoint
 from ..kernels.kd_options import KDOptions
 from .corpus import Share, read_shares
 from .distillation import RANDOM, Callbacks, DistillConfig, distill
@@ -194,7 +194,7 @@ class FamilyRun:
         if missing:
             message = f"lacks {', '.join(missing)}: these are not trained yet"
             raise InputError(message, file=self.out)
-        return {name: load_model(self.out / name, device=str(self._device), precision="fp32") for name in MEMBERS}
+        return {name: load_checkpoint(self.out / name, device=str(self._device), precision="fp32") for name in MEMBERS}
 
     def _found(self, identity: dict[str, Any]) -> dict[str, Any] | None:
         path = self.out / FIGURES_FILE

@@ -29,7 +29,7 @@ from ..engine.decoder_checkpoint import save_decoder
 from ..engine.device import resolve_device, resolve_precision
 from ..engine.encoder import Encoder
 from ..engine.errors import InputError
-from ..engine.models import load_model
+from ..engine.models import load_checkpoint
 from .clusters import BACKENDS, Backend
 from .early_stopping import Progress, load_best, save_best
 from .family_data import FamilyData, LabelSource, Shares, read_family, split_family
@@ -191,7 +191,7 @@ def finetune(
         message = f"task {config.task or 'of a language model'}: "
         message += "it takes no labels" if config.is_language else "it needs --labels"
         raise InputError(message)
-    backbone = load_model(model, device="cpu", precision="fp32")
+    backbone = load_checkpoint(model, device="cpu", precision="fp32")
     _check_kind(backbone, config)
     family = read_family(data, labels, task=config.task, pooling=config.pooling)
     shares = split_family(

@@ -31,7 +31,7 @@ from ..engine.atomic import write_atomically
 from ..engine.device import precision_name, resolve_device, resolve_precision
 from ..engine.encoder import Encoder
 from ..engine.errors import InputError
-from ..engine.models import load_model
+from ..engine.models import load_checkpoint
 from ..engine.run_folder import check_empty, differences, lock_folder
 from ..engine.schema_version import check_schema_version
 from .composition import letter_counts
@@ -120,7 +120,7 @@ class _Grid:
         self._teacher, self._data, self._out, self._config = teacher, data, out, config
         self._device, self._cache, self._save_every_s, self._callbacks = device, cache, save_every_s, callbacks
         precision = precision_name(resolve_precision(config.base.trainer.precision, resolve_device(device)))
-        taught_by = load_model(teacher, device=device, precision=precision)
+        taught_by = load_checkpoint(teacher, device=device, precision=precision)
         self._contexts = dict[str, int]()
         for student in config.students:
             vocabulary = None if isinstance(taught_by, Encoder) else taught_by.vocabulary

@@ -17,7 +17,7 @@ import numpy as np
 from ..engine.atomic import write_atomically
 from ..engine.encoder import Encoder
 from ..engine.errors import InputError
-from ..engine.models import load_model
+from ..engine.models import load_checkpoint
 from .corpus import Share
 from .decoder_prediction import DecoderPredictor
 from .estimate import exp, ratio
@@ -106,7 +106,7 @@ class Judges:
 
     def score(self, model: str | Path) -> RunScores:
         """Scores of a checkpoint, as `load_model` takes it."""
-        loaded = load_model(model, device=self._device, precision=self._precision)
+        loaded = load_checkpoint(model, device=self._device, precision=self._precision)
         predictor = EncoderPredictor(loaded) if isinstance(loaded, Encoder) else DecoderPredictor(loaded)
         halves = {}
         for half, sequences in self._halves.items():

@@ -16,7 +16,7 @@ from ..engine.decoder_checkpoint import save_decoder
 from ..engine.decoder_config import BUNDLED_DECODERS, DECODER_SHAPES, DecoderConfig, residue_decoder
 from ..engine.encoder import Encoder
 from ..engine.errors import InputError
-from ..engine.models import load_model
+from ..engine.models import load_checkpoint
 from ..engine.vocabulary import ResidueVocabulary, Vocabulary, read_vocabulary
 from .streams import Stream, torch_seed
 
@@ -71,7 +71,7 @@ def build_student(
         hint = f"did you mean {close[0]!r}? " if close else ""
         message = f"no student {student!r}: {hint}it is neither a preset ({', '.join(PRESETS)}) nor a folder here"
         raise InputError(message)
-    model = load_model(Path(student), device="cpu", precision="fp32").requires_grad_(True)
+    model = load_checkpoint(Path(student), device="cpu", precision="fp32").requires_grad_(True)
     for parameter in model.parameters():
         # A decoder is loaded with its matrices lying the other way round, which sharding refuses.
         parameter.data = parameter.data.contiguous()

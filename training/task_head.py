@@ -241,10 +241,10 @@ def load_headed(folder: Path, *, device: str = "auto", precision: str = "auto") 
     Raises:
         InputError: as `load_model` and `load_head`, or the head was trained with another model.
     """
-    from ..engine.models import load_model
+    from ..engine.models import load_checkpoint
 
     head = load_head(folder)
-    model = load_model(folder, device=device, precision=precision)
+    model = load_checkpoint(folder, device=device, precision=precision)
     if head.config.model is not None and model.fingerprint != head.config.model:
         message = f"the head belongs to a model of the hash {head.config.model}, that there has {model.fingerprint}"
         raise InputError(message, file=folder / HEAD_FILE)

@@ -25,6 +25,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from ..engine.denormals import no_denormals
 from ..engine.errors import InputError
 from ..kernels.kd_rows import NotFiniteLogitsError
 from .distributed import ALONE, Processes
@@ -233,7 +234,7 @@ class Trainer:
             # What the caller did in between, such as judging the model, may have left it in evaluation mode.
             self.task.model.train()
             own = range(self.processes.rank, len(taken), self.processes.world)
-            with _no_denormals():
+            with no_denormals():
                 report = self._step([Portion(*taken[part][:2], step=self.step, part=part) for part in own])
             self.step, self.position = self.step + 1, taken[-1][2]
             after_step(report)
@@ -349,20 +350,6 @@ class Trainer:
         return {name for name, each in model.named_parameters() if each.requires_grad} | {
             name for name, _ in model.named_buffers()
         }
-
-
-@contextlib.contextmanager
-def _no_denormals() -> Iterator[None]:
-    """Numbers below 1.2e-38 are 0 on this thread of the CPU, which takes a hundred times as long over them.
-
-    Attention that has become sure of itself is full of them: a step of nano-m took 2.5 s in place of 1.
-    """
-    flushes = torch.set_flush_denormal(True)
-    try:
-        yield
-    finally:
-        if flushes:
-            torch.set_flush_denormal(False)
 
 
 def _optimiser(model: nn.Module, config: TrainerConfig, device: torch.device) -> torch.optim.AdamW:

@@ -15,14 +15,15 @@ import pytest
 import torch
 from protnest.engine import Chain, Embedder, Encoder, InputError, onnx_export
 from protnest.engine.alphabet import MASK_ID, TOKENS
-from protnest.engine.checkpoint import save_checkpoint
 from protnest.engine.cli import app
 from protnest.engine.models import load_encoder
-from protnest.engine.onnx_export import check_outputs, export_onnx
-from protnest.engine.onnx_model import INPUT, OnnxModel, pad_tokens, read_facts
+from protnest.engine.onnx_export import INPUT, check_outputs, export_onnx
+from protnest.engine.onnx_model import OnnxModel, pad_tokens, read_facts
 from protnest.engine.packing import pack
 from typer.testing import CliRunner, Result
 
+from support.exported import EXPORTED_WIDTHS as WIDTHS
+from support.exported import exported_family, tiny_export
 from support.families import random_chain, tiny_family
 from support.shared_data import UNIPROT_500, shared_sequences
 from support.tiny import random_proteins
@@ -31,7 +32,6 @@ onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 onnx_ir = pytest.importorskip("onnx_ir")
 
-WIDTHS = (16, 24)
 PROTEINS = ["A", "MKTAYIAKQRGSHMXWLV", *random_proteins(6, longest=20), "WW"]
 
 
@@ -40,24 +40,8 @@ def _invoke(*arguments: object) -> Result:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two tiny models, a chain of them, and what `protnest export` makes of these: `tiny.onnx`, `report.json`."""
-    place = tmp_path_factory.mktemp("export")
-    for encoder in tiny_family(WIDTHS):
-        save_checkpoint(encoder, place / encoder.name)
-    random_chain(_family(place)).save(place / "tiny.chain")
-    models = ",".join(str(place / f"tiny{width}") for width in WIDTHS)
-    outputs = ("--outputs", "nested,logits, residue,mean")
-    done = _invoke(
-        "export", "--model", models, "--chain", place / "tiny.chain", *outputs, "--out", place / "tiny.onnx", "--json"
-    )
-    assert done.exit_code == 0, done.output
-    (place / "report.json").write_text(done.stdout)
-    return place
-
-
-def _family(place: Path) -> list[Encoder]:
-    return [load_encoder(place / f"tiny{width}", device="cpu", precision="fp32") for width in WIDTHS]
+def folder() -> Path:
+    return tiny_export()
 
 
 def _relative(found: np.ndarray, expected: np.ndarray) -> float:
@@ -80,7 +64,7 @@ def _check_parity(model: OnnxModel, encoder: Encoder, proteins: list[str], most:
 
 
 def test_runtime_equals_packed_pass_and_embedder(folder: Path) -> None:
-    model, family = OnnxModel(folder / "tiny.onnx", threads=1), _family(folder)
+    model, family = OnnxModel(folder / "tiny.onnx", threads=1), exported_family(folder)
     _check_parity(model, family[-1], PROTEINS, 1e-5)
     _check_parity(model, family[-1], PROTEINS[1:2], 1e-5)
     chain = Chain.load(folder / "tiny.chain")
@@ -94,14 +78,14 @@ def test_masks_and_padding_in_the_runtime(folder: Path) -> None:
     tokens_BL[1, 3:9] = MASK_ID
     begin, end = packed.cu_seqlens.tolist()[1:3]
     packed.tokens_T[begin + 3 : begin + 9] = MASK_ID
-    expected_LD = _family(folder)[-1](packed).hidden_TD[begin:end].numpy()
+    expected_LD = exported_family(folder)[-1](packed).hidden_TD[begin:end].numpy()
     (found_BLD,) = session.run(["residue"], {INPUT: tokens_BL})
     assert _relative(found_BLD[1, : end - begin], expected_LD) <= 1e-5
 
 
 def test_the_file_says_what_it_is(folder: Path) -> None:
     facts, report = read_facts(folder / "tiny.onnx"), json.loads((folder / "report.json").read_text())
-    family, chain = _family(folder), Chain.load(folder / "tiny.chain")
+    family, chain = exported_family(folder), Chain.load(folder / "tiny.chain")
     assert {name: facts[name] for name in facts if name != "schema_version"}.items() <= report.items()
     assert facts["schema_version"] == 1
     assert [model["fingerprint"] for model in facts["models"]] == [encoder.fingerprint for encoder in family]
@@ -133,14 +117,16 @@ def test_weights_of_their_own_file(folder: Path, tmp_path: Path, monkeypatch: py
     _without_tracing(folder, monkeypatch)
     out = tmp_path / "new" / "m.onnx"
     for _ in range(2):  # The second one takes the first one's place.
-        export_onnx(_family(folder)[:1], out, outputs=["mean"], most_inline_bytes=100)
+        export_onnx(exported_family(folder)[:1], out, outputs=["mean"], most_inline_bytes=100)
     (data,) = (each.name for each in out.parent.iterdir() if each != out)
     assert data.startswith("m.onnx.")
     assert data.endswith(".data")
     assert out.stat().st_size < (folder / "tiny.onnx").stat().st_size
     session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
     (found,) = session.run(["nested"], {INPUT: pad_tokens(PROTEINS)})
-    assert np.array_equal(found, OnnxModel(folder / "tiny.onnx").run(PROTEINS)["nested"])
+    (fused,) = OnnxModel(out).run(PROTEINS, ["nested"]).values()
+    assert np.array_equal(fused, OnnxModel(folder / "tiny.onnx").run(PROTEINS)["nested"])
+    assert _relative(found, np.asarray(fused)) <= 1e-5
     (out.parent / data).unlink()
     with pytest.raises(InputError, match=r"m\.onnx: ONNX Runtime does not take it"):
         OnnxModel(out)
@@ -162,7 +148,7 @@ def test_a_full_disk_leaves_what_was_there(
 
     monkeypatch.setattr(onnx_export, "write_atomically", full)
     with pytest.raises(OSError, match="No space left"):
-        export_onnx(_family(folder)[:1], out, outputs=["mean"], most_inline_bytes=100)
+        export_onnx(exported_family(folder)[:1], out, outputs=["mean"], most_inline_bytes=100)
     assert [each.name for each in tmp_path.iterdir()] == ["m.onnx"]
     assert out.read_bytes() == b"the old one"
 
@@ -173,7 +159,7 @@ def _without_tracing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_refused_by_export(folder: Path, tmp_path: Path) -> None:
-    family, chain = _family(folder), Chain.load(folder / "tiny.chain")
+    family, chain = exported_family(folder), Chain.load(folder / "tiny.chain")
     for encoders, options, said in (
         (family[:1], {"outputs": ["mean", "contacts"]}, "output 'contacts' is unknown; allowed: logits, residue, mean"),
         (family[:1], {"outputs": ["mean", "mean"]}, "output 'mean' is there twice"),
@@ -194,7 +180,7 @@ def test_refused_by_export(folder: Path, tmp_path: Path) -> None:
 
 
 def test_default_outputs(folder: Path) -> None:
-    family, chain = _family(folder), Chain.load(folder / "tiny.chain")
+    family, chain = exported_family(folder), Chain.load(folder / "tiny.chain")
     assert check_outputs(None, family[:1], None) == ("residue", "logits")
     assert check_outputs(None, family, chain) == ("nested",)
     assert check_outputs(None, [Encoder(family[0].config, head=False)], None) == ("residue",)
@@ -242,7 +228,7 @@ def test_missing_packages_name_the_extra(
 ) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == missing else found(name))
-    encoders = _family(folder)[:1]
+    encoders = exported_family(folder)[:1]
     asked: dict[str, Callable[[], object]] = {"onnxruntime": lambda: OnnxModel(folder / "tiny.onnx")}
     with pytest.raises(InputError, match=rf"needs {missing}: pip install 'protnest\[export\]'"):
         asked.get(missing, lambda: export_onnx(encoders, tmp_path / "x.onnx"))()

@@ -90,10 +90,8 @@ def test_fp16_products_stay_near() -> None:
 
 
 MUTANTS = {
-    "padding attended to": {
-        "masked_fill(padding_B11L, torch.finfo(torch.float32).min)": "masked_fill(padding_B11L, 0)"
-    },
-    "padding mask left out": {"scores_BHLL = scores_BHLL.masked_fill": "_ = scores_BHLL.masked_fill"},
+    "padding attended to": {"masked_fill(padding_BL, torch.finfo(torch.float32).min)": "masked_fill(padding_BL, 1.0)"},
+    "padding mask left out": {".float() + mask_B11L": ".float()"},
     "rescale left out": {"if self.token_dropout:": "if False:"},
     "rescale only where masks are": {"return scale_B1 *": "return torch.where(shown_B1 == tokens_B1, 1.0, scale_B1) *"},
     "masks not blanked": {" * (~masked_BL).float()": " * torch.ones_like(masked_BL).float()"},
@@ -102,10 +100,10 @@ MUTANTS = {
         "(~padding_BL).float().sum(dim=1, keepdim=True)": "(~padding_BL).float().sum()",
         "masked_BL.float().sum(dim=1, keepdim=True)": "masked_BL.float().sum()",
     },
-    "positions all alike": {"self.cos_PJ[:L], self.sin_PJ[:L]": "self.cos_PJ[:1], self.sin_PJ[:1]"},
-    "positions counted backwards": {"self.sin_PJ[:L]": "-self.sin_PJ[:L]"},
-    "only queries turned": {"k = _turn(k, cos_LJ, sin_LJ)": "k = k"},
-    "pairs turned the wrong way": {"first * cos_LJ - second * sin_LJ": "first * cos_LJ + second * sin_LJ"},
+    "positions all alike": {"table_PJ[:L, None]": "table_PJ[:1, None]"},
+    "positions counted backwards": {"(self.cos_PJ, self.sin_PJ)": "(self.cos_PJ, -self.sin_PJ)"},
+    "only queries turned": {"k = _turn(k, cos_LHJ, sin_LHJ)": "k = k"},
+    "pairs turned the wrong way": {"first * cos_LHJ - second * sin_LHJ": "first * cos_LHJ + second * sin_LHJ"},
     "scores not scaled": {"q * self.head_width**-0.5": "q"},
     "<cls> and <eos> pooled": {" | (tokens == BOS_ID) | (tokens == EOS_ID)": ""},
     "padding pooled": {"blank_BL = padding_BL |": "blank_BL ="},
