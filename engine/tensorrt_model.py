@@ -58,9 +58,7 @@ class TensorRTModel:
             execution = EngineExecution(self.path, self.facts, device=device)
         self._execution = execution
 
-    def run_tokens(
-        self, tokens_BL: npt.NDArray[np.int64], outputs: Sequence[str] | None = None
-    ) -> dict[str, Floats]:
+    def run_tokens(self, tokens_BL: npt.NDArray[np.int64], outputs: Sequence[str] | None = None) -> dict[str, Floats]:
         """Runs padded tokens; more rows than the profile takes run one part after the other.
 
         Args:
@@ -95,7 +93,5 @@ class TensorRTModel:
             )
             raise InputError(message, file=self.path)
         most = self.profiles[place].most_rows
-        parts = [
-            self._execution.run(place, tokens_BL[begin : begin + most], wanted) for begin in range(0, rows, most)
-        ]
+        parts = [self._execution.run(place, tokens_BL[begin : begin + most], wanted) for begin in range(0, rows, most)]
         return {name: np.concatenate([part[name] for part in parts]) for name in wanted}

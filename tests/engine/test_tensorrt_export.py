@@ -38,15 +38,15 @@ def _invoke(*arguments: object) -> Result:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two tiny models, a chain of them, and its graph in fp32 and fp16: `fp32.onnx`, `fp16.onnx`."""
+    """Two tiny models, a chain of them, its graph in fp32 and the first model's in fp16: `fp32.onnx`, `fp16.onnx`."""
     place = tmp_path_factory.mktemp("tensorrt")
     for encoder in tiny_family(WIDTHS):
         save_checkpoint(encoder, place / encoder.name)
     family = _family(place)
     random_chain(family).save(place / "tiny.chain")
     chain = Chain.load(place / "tiny.chain")
-    for precision, outputs in (("fp32", ("nested", "logits", "residue", "mean")), ("fp16", ("nested",))):
-        export_onnx(family, place / f"{precision}.onnx", chain=chain, outputs=outputs, precision=precision)
+    export_onnx(family, place / "fp32.onnx", chain=chain, outputs=["nested", "logits", "residue", "mean"])
+    export_onnx(family[:1], place / "fp16.onnx", outputs=["mean"], precision="fp16")
     return place
 
 
@@ -117,8 +117,8 @@ def test_engine_by_the_command_line(folder: Path, tmp_path: Path, monkeypatch: p
 def test_builds_of_a_tiny_encoder(folder: Path, precision: str, gpus: tuple[str, ...]) -> None:
     network = EngineNetwork(trt, folder / f"{precision}.onnx")
     engine = bytes(network.build(gpus, [PROFILE]))
-    assert network.outputs["nested"] == ("FLOAT", (-1, 24))
-    assert b"nested" in engine
+    assert network.outputs["mean"] == ("FLOAT", (-1, 24 if precision == "fp32" else 16))
+    assert b"mean" in engine
     assert not network.logger.errors
 
 
@@ -217,9 +217,7 @@ def _no_space(*given: object) -> str:
 
 def test_a_late_failure_leaves_no_sidecar_alone(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     replace = Path.replace
-    monkeypatch.setattr(
-        Path, "replace", lambda self, to: _no_space() if to.suffix == ".engine" else replace(self, to)
-    )
+    monkeypatch.setattr(Path, "replace", lambda self, to: _no_space() if to.suffix == ".engine" else replace(self, to))
     with pytest.raises(OSError, match="No space left"):
         _export_made_up(folder, tmp_path, monkeypatch)
     assert not list(tmp_path.iterdir())
@@ -288,7 +286,7 @@ def test_the_parser_says_why(tmp_path: Path) -> None:
     node = helper.make_node("NoSuchThing", ["tokens"], ["y"], name="the_node")
     graph = helper.make_graph([node], "g", [value], [given])
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]), str(tmp_path / "odd.onnx"))
-    with pytest.raises(InputError, match=r"odd\.onnx: tensorrt_rtx does not take the graph: node 0 'the_node' \(NoSuch"):
+    with pytest.raises(InputError, match=r"odd\.onnx: tensorrt_rtx does not take .* 'the_node' \(NoSuch"):
         EngineNetwork(trt, tmp_path / "odd.onnx")
     (tmp_path / "text.onnx").write_text("no graph")
     with pytest.raises(InputError, match=r"text\.onnx: tensorrt_rtx does not take the graph: \S+"):

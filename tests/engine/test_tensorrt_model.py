@@ -125,7 +125,10 @@ class FakePackage(SimpleNamespace):
             def __init__(self) -> None: ...
 
         super().__init__(
-            __name__="tensorrt_rtx", __version__="0.0", ILogger=ILogger, Runtime=lambda logger: self._log(logger, runtime)
+            __name__="tensorrt_rtx",
+            __version__="0.0",
+            ILogger=ILogger,
+            Runtime=lambda logger: self._log(logger, runtime),
         )
 
     def _log(self, logger: Any, runtime: Any) -> Any:
@@ -145,7 +148,6 @@ def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "RTX 4090")
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=7))
-    monkeypatch.setattr(torch.cuda, "device", lambda device: SimpleNamespace(__enter__=None))
 
     class Here:
         def __init__(self, device: object) -> None: ...
@@ -204,7 +206,9 @@ def test_engine_on_a_gpu_equals_the_packed_pass(tmp_path: Path) -> None:
     here = "sm{}{}".format(*torch.cuda.get_device_capability())
     encoder = load_encoder("nano-xs", device="cpu", precision="fp32")
     try:
-        export_tensorrt([encoder], tmp_path / "m.engine", gpus=[here], profiles=2, outputs=["residue"], precision="fp16")
+        export_tensorrt(
+            [encoder], tmp_path / "m.engine", gpus=[here], profiles=2, outputs=["residue"], precision="fp16"
+        )
     except InputError as error:
         pytest.skip(f"no engines for this GPU: {error}")
     model = TensorRTModel(tmp_path / "m.engine")
