@@ -19,8 +19,8 @@ SWISS_PROT_RESIDUES = (
     *(62, 94, 118, 142, 165, 188, 210, 232, 256, 281),
     *(307, 333, 363, 394, 431, 473, 525, 596, 699, 875),
 )
-"""Lengths that stand for Swiss-Prot's where none are given: its 2.5th, 7.5th, ... 97.5th percentiles, measured on 60,000
-sequences of release 2014_01, redundancy-reduced, of up to 1,022 residues."""
+"""Lengths that stand for Swiss-Prot's where none are given: its 2.5th, 7.5th, ... 97.5th percentiles, measured on
+60,000 sequences of release 2014_01, redundancy-reduced, of up to 1,022 residues."""
 DEFAULT_COUNT = 3
 DEFAULT_MOST_TOKENS = 8192
 FEWEST_TOKENS = 3
@@ -108,7 +108,7 @@ def find_profile(profiles: Sequence[LengthProfile], tokens: int) -> int | None:
 def _partition(values: npt.NDArray[np.int64], counts: npt.NDArray[np.int64], groups: int) -> list[int]:
     """Ends (exclusive) of the groups of sorted values whose sum of distances to each group's last value is least."""
     total = np.concatenate(([0], np.cumsum(counts)))
-    # Only this part depends on where a group begins: its members cost their number times its last value, less their sum.
+    # A group costs its number times its last value, less its sum; the sums add up to the same wherever groups begin.
     best = np.full(values.size + 1, np.inf)
     best[0] = 0.0
     choices = []

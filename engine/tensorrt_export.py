@@ -1,8 +1,8 @@
 """Encoders, alone or with a chain's nested row, as one engine of TensorRT-RTX, built on the CPU alone, or of TensorRT.
 
 An engine is built from the ONNX file that `onnx_export` writes. TensorRT-RTX builds for the GPUs that are named, and
-needs none; TensorRT builds for the GPU of this machine. Both tell of failures by None, False, -1 and a logger: here these
-become errors with what the parser or the logger said. Networks are strongly typed: the graph says what is fp16.
+needs none; TensorRT builds for the GPU of this machine. Both tell of failures by None, False, -1 and a logger: here
+these become errors with what the parser or the logger said. Networks are strongly typed: the graph says what is fp16.
 """
 
 from __future__ import annotations
