@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+
 from .atomic import replacing, write_atomically
 from .chain import Chain
 from .encoder import Encoder
@@ -147,8 +149,6 @@ def _check_tensorrt(gpus: Sequence[str] | None) -> tuple[str, ...]:
             "tensorrt-rtx builds without one: pip install 'protnest[export]'"
         )
         raise InputError(message)
-    import torch
-
     if not torch.cuda.is_available():
         message = "tensorrt builds on the GPU that will run the engine, and torch sees none; tensorrt-rtx needs none"
         raise InputError(message)
