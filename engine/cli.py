@@ -338,8 +338,9 @@ def info(
     """Say what runs on this machine, and why; or what fits into a memory, or what an exported file holds."""
     if file is not None:
         from .onnx_model import read_facts
+        from .tensorrt_sidecar import is_engine, read_sidecar
 
-        held = read_facts(file)
+        held = read_sidecar(file) if is_engine(file) else read_facts(file)
         typer.echo(json.dumps(held)) if json_output else print_facts(held)
         return
     if fits is not None:

@@ -1,0 +1,89 @@
+"""What an engine says of itself: engines carry no metadata, so a JSON file of the same name lies beside each."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError
+from .length_profiles import LengthProfile
+
+SCHEMA_VERSION = 1
+ENGINE_SUFFIX = ".engine"
+_CHUNK_BYTES = 1 << 22
+
+
+def is_engine(path: str | Path) -> bool:
+    """Whether a file is an engine, by its name."""
+    return Path(path).suffix == ENGINE_SUFFIX
+
+
+def sidecar_path(path: str | Path) -> Path:
+    """Where the sidecar of an engine file lies: `m.engine.json`."""
+    return Path(f"{path}.json")
+
+
+def seal_facts(facts: dict[str, Any], engine: Path) -> str:
+    """The sidecar's text: the facts, and which engine file they are about, by its size and hash."""
+    sealed = {
+        "schema_version": SCHEMA_VERSION,
+        **facts,
+        "engine": {"bytes": engine.stat().st_size, "blake2b": _digest(engine)},
+    }
+    return json.dumps(sealed, indent=2) + "\n"
+
+
+def read_sidecar(path: str | Path) -> dict[str, Any]:
+    """What is known of an engine: what an ONNX export says of itself, and target, GPUs, profiles, size and hash.
+
+    Args:
+        path: the engine file.
+
+    Raises:
+        InputError: the engine or its sidecar is missing, the sidecar is damaged, belongs to another engine file, or has
+            a schema version that this release does not know.
+    """
+    engine, sidecar = Path(path), sidecar_path(path)
+    if not engine.is_file():
+        message = "no such file; `protnest export --target tensorrt-rtx` writes one"
+        raise InputError(message, file=engine)
+    try:
+        facts = json.loads(sidecar.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        message = f"its sidecar {sidecar.name} is missing: copy both files together, or export again"
+        raise InputError(message, file=engine) from error
+    except ValueError as error:
+        message = f"is no sidecar of an engine ({error})"
+        raise InputError(message, file=sidecar) from error
+    if not isinstance(facts, dict) or "schema_version" not in facts:
+        message = "is no sidecar of an engine: it lacks `schema_version`"
+        raise InputError(message, file=sidecar)
+    if facts["schema_version"] != SCHEMA_VERSION:
+        message = f"has schema version {facts['schema_version']}, this release reads {SCHEMA_VERSION}"
+        raise InputError(message, file=sidecar)
+    if missing := [name for name in ("engine", "gpus", "profiles", "outputs", "limits") if name not in facts]:
+        message = f"is no sidecar of an engine: it lacks `{missing[0]}`"
+        raise InputError(message, file=sidecar)
+    found = {"bytes": engine.stat().st_size, "blake2b": _digest(engine)}
+    if found != facts["engine"]:
+        message = (
+            f"belongs to another engine file, of {facts['engine'].get('bytes')} bytes and hash "
+            f"{facts['engine'].get('blake2b')}; {engine.name} has {found['bytes']} bytes and hash {found['blake2b']}"
+        )
+        raise InputError(message, file=sidecar)
+    return facts
+
+
+def read_profiles(facts: dict[str, Any]) -> tuple[LengthProfile, ...]:
+    """The profiles of an engine, shortest first, from the facts of its sidecar."""
+    return tuple(LengthProfile(**each) for each in facts["profiles"])
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
