@@ -134,8 +134,8 @@ Models = Annotated[
     str | None,
     typer.Option(
         "--model",
-        help="Bundled name, folder in Hugging Face layout, fair-esm .pt file, published name, or exported .onnx file; "
-        "with --chain several, smallest first, joined by commas.",
+        help="Bundled name, folder in Hugging Face layout, fair-esm .pt file, published name, or exported .onnx or "
+        ".engine file; with --chain several, smallest first, joined by commas.",
         show_default="nano-s; with --chain the names that it was fitted on",
     ),
 ]

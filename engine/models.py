@@ -21,6 +21,7 @@ from .exported_encoder import AnyEncoder, ExportedEncoder
 from .fair_esm import read_fair_esm
 from .quantise import quantised
 from .quantise_decoder import quantised_decoder
+from .tensorrt_sidecar import ENGINE_SUFFIX, is_engine, read_sidecar
 
 _logger = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ DEFAULT_MODEL = "nano-s"
 DEFAULT_DECODER = "nano-gpt"
 _HUB_OWNER = "facebook"
 PUBLISHED_DECODER = "nferruz/ProtGPT2"
-EXPORTED_SUFFIXES = (".onnx",)
+EXPORTED_SUFFIXES = (".onnx", ENGINE_SUFFIX)
 _ENCODER_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
 _DECODER_FILES = (*_ENCODER_FILES, "tokenizer.json", "vocab.json", "merges.txt")
 
@@ -39,8 +40,9 @@ def load_model(
     """Loads an encoder or a decoder, whichever the checkpoint holds, or an exported file.
 
     Args:
-        model: as `load_checkpoint` takes it, or a file of `protnest export` (.onnx).
-        device: "auto", "cpu", "cuda" or "cuda:N"; an ONNX file runs on a GPU where the installed onnxruntime has CUDA.
+        model: as `load_checkpoint` takes it, or a file of `protnest export` (.onnx, .engine).
+        device: "auto", "cpu", "cuda" or "cuda:N"; an ONNX file runs on a GPU where the installed onnxruntime has CUDA,
+            an engine on a GPU alone.
         precision: as `load_checkpoint` takes it; an exported file has its own, which is "auto".
 
     Raises:
@@ -125,15 +127,29 @@ def load_any_encoder(model: str | Path = DEFAULT_MODEL, *, device: str = "auto",
 def load_exported(path: str | Path, *, device: str = "auto", precision: str = "auto") -> ExportedEncoder:
     """Loads a file of `protnest export`; see `load_model`."""
     from .onnx_model import read_facts
-    from .onnx_runner import OnnxRunner, choose_device
 
     path = Path(path).expanduser()
-    facts = read_facts(path)
+    facts = read_sidecar(path) if is_engine(path) else read_facts(path)
     if precision not in ("auto", facts["precision"]):
         message = f"is {facts['precision']}, got precision {precision!r}: that of a file is chosen when it is exported"
         raise InputError(message, file=path)
+    if is_engine(path):
+        return _load_engine(path, facts, device)
+    from .onnx_runner import OnnxRunner, choose_device
+
     runner = OnnxRunner(path, device=choose_device(device))
     return ExportedEncoder(runner, facts, path=path, device=runner.device, runtime=runner.name)
+
+
+def _load_engine(path: Path, facts: dict[str, Any], device: str) -> ExportedEncoder:
+    from .tensorrt_model import TensorRTModel
+
+    if device == "cpu":
+        message = "an engine runs on a GPU alone, and device is 'cpu'; `protnest export --target onnx` runs on both"
+        raise InputError(message, file=path)
+    chosen = "cuda" if device == "auto" else device
+    model = TensorRTModel(path, device=chosen)
+    return ExportedEncoder(model, facts, path=path, device=torch.device(chosen), runtime=facts["target"])
 
 
 def _is_exported(model: str | Path) -> bool:

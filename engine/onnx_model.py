@@ -19,6 +19,7 @@ from .fasta import clean_sequence
 from .onnx_export import SCHEMA_VERSION, require
 from .onnx_runner import OnnxRunner
 from .packing import refuse_one_string
+from .schema_version import check_schema_version
 
 Floats = npt.NDArray[np.float32]
 
@@ -46,9 +47,7 @@ def read_facts(path: str | Path) -> dict[str, Any]:
     if "protnest" not in props:
         message = "is no export of protnest: its metadata lack `protnest`"
         raise InputError(message, file=path)
-    if props.get("schema_version") != str(SCHEMA_VERSION):
-        message = f"has schema version {props.get('schema_version')}, this release reads {SCHEMA_VERSION}"
-        raise InputError(message, file=path)
+    check_schema_version(props.get("schema_version"), str(SCHEMA_VERSION), file=path)
     try:
         facts: dict[str, Any] = {"schema_version": SCHEMA_VERSION, **json.loads(props["protnest"])}
     except ValueError as error:

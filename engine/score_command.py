@@ -37,8 +37,8 @@ def score(
         str | None,
         typer.Option(
             help="Encoder or decoder: bundled name, folder in Hugging Face layout, fair-esm .pt file, published name, "
-            "exported .onnx file; several, joined by commas, are an ensemble (with --head the chain's models, smallest "
-            "first).",
+            "exported .onnx or .engine file; several, joined by commas, are an ensemble (with --head the chain's "
+            "models, smallest first).",
             show_default="nano-s; with --head the names that it was fitted on",
         ),
     ] = None,

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError
+from .json_object import read_object
 from .length_profiles import LengthProfile
+from .schema_version import check_schema_version
 
 SCHEMA_VERSION = 1
 ENGINE_SUFFIX = ".engine"
@@ -49,20 +51,11 @@ def read_sidecar(path: str | Path) -> dict[str, Any]:
     if not engine.is_file():
         message = "no such file; `protnest export --target tensorrt-rtx` writes one"
         raise InputError(message, file=engine)
-    try:
-        facts = json.loads(sidecar.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    if not sidecar.exists():
         message = f"its sidecar {sidecar.name} is missing: copy both files together, or export again"
-        raise InputError(message, file=engine) from error
-    except ValueError as error:
-        message = f"is no sidecar of an engine ({error})"
-        raise InputError(message, file=sidecar) from error
-    if not isinstance(facts, dict) or "schema_version" not in facts:
-        message = "is no sidecar of an engine: it lacks `schema_version`"
-        raise InputError(message, file=sidecar)
-    if facts["schema_version"] != SCHEMA_VERSION:
-        message = f"has schema version {facts['schema_version']}, this release reads {SCHEMA_VERSION}"
-        raise InputError(message, file=sidecar)
+        raise InputError(message, file=engine)
+    facts = read_object(sidecar)
+    check_schema_version(facts.get("schema_version"), SCHEMA_VERSION, file=sidecar)
     if missing := [name for name in ("engine", "gpus", "profiles", "outputs", "limits") if name not in facts]:
         message = f"is no sidecar of an engine: it lacks `{missing[0]}`"
         raise InputError(message, file=sidecar)

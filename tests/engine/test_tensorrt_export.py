@@ -171,8 +171,8 @@ def test_sidecars_that_do_not_belong(folder: Path, tmp_path: Path, monkeypatch: 
     good = json.loads(sidecar_path(out).read_text())
     assert read_sidecar(out) == good
     for changed, said in (
-        ("{", r"m\.engine\.json: is no sidecar of an engine \("),
-        ("[]", "is no sidecar of an engine: it lacks `schema_version`"),
+        ("{", r"m\.engine\.json: not readable as JSON \("),
+        ("[]", "holds no JSON object"),
         (json.dumps({**good, "schema_version": 9}), "has schema version 9, this release reads 1"),
         (json.dumps({name: good[name] for name in good if name != "gpus"}), "it lacks `gpus`"),
         (json.dumps({**good, "engine": {**good["engine"], "bytes": 8}}), "belongs to another engine file, of 8 bytes"),

@@ -13,14 +13,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from protnest.engine import InputError
+from protnest.engine import InputError, load_model, tensorrt_execution
+from protnest.engine.exported_encoder import ExportedEncoder
 from protnest.engine.length_profiles import choose_profiles
 from protnest.engine.models import load_encoder
+from protnest.engine.onnx_export import export_onnx
 from protnest.engine.onnx_model import pad_tokens
+from protnest.engine.onnx_runner import OnnxRunner
+from protnest.engine.packing import pack
 from protnest.engine.tensorrt_execution import EngineExecution, check_gpu
 from protnest.engine.tensorrt_export import export_tensorrt
 from protnest.engine.tensorrt_model import TensorRTModel
 from protnest.engine.tensorrt_sidecar import seal_facts, sidecar_path
+
+from support.learning import toy_encoder
 
 FACTS: dict[str, Any] = {
     "target": "tensorrt-rtx",
@@ -197,6 +203,42 @@ def test_missing_package_and_missing_gpu(engine: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None)
     with pytest.raises(InputError, match=r"needs tensorrt_rtx: pip install 'protnest\[export\]'"):
         TensorRTModel(engine)
+
+
+def test_an_engine_is_loaded_as_an_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime stands in for the GPU."""
+    pytest.importorskip("onnxruntime")
+    encoder = toy_encoder(0)
+    facts = export_onnx([encoder], tmp_path / "m.onnx", outputs=["residue", "logits"], max_residues=20)
+    engine = tmp_path / "m.engine"
+    engine.write_bytes(b"made up")
+    sidecar_path(engine).write_text(seal_facts(FACTS | facts, engine))
+    runner = OnnxRunner(tmp_path / "m.onnx")
+    asked: list[str] = []
+
+    class OnCpu:
+        def __init__(self, path: Path, facts: object, *, device: str) -> None:
+            asked.append(device)
+
+        def run(self, profile: int, tokens_RL: np.ndarray, outputs: Sequence[str], /) -> dict[str, np.ndarray]:
+            return runner.run_tokens(tokens_RL, outputs)
+
+    monkeypatch.setattr(tensorrt_execution, "EngineExecution", OnCpu)
+    with pytest.raises(InputError, match=r"m\.engine: an engine runs on a GPU alone, and device is 'cpu'"):
+        load_model(engine, device="cpu")
+    with pytest.raises(InputError, match=r"m\.engine: is fp32, got precision 'fp16'"):
+        load_model(engine, precision="fp16")
+    assert asked == []
+    found = load_model(engine)
+    assert isinstance(found, ExportedEncoder)
+    assert (asked, found.runtime, found.device.type, found.config.max_residues) == (
+        ["cuda"],
+        "tensorrt-rtx",
+        "cuda",
+        20,
+    )
+    batch = pack(["MKTAYIAKQR", "GS", "MKTAYIAKQRQISFVKSHFS"])
+    torch.testing.assert_close(found(batch).hidden_TD, encoder(batch).hidden_TD, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.gpu
