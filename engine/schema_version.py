@@ -7,7 +7,7 @@ from pathlib import Path
 from .errors import InputError
 
 
-def check_schema_version(found: object, known: int | str, *, file: Path) -> None:
+def check_schema_version(found: object, known: int | str, *, file: str | Path) -> None:
     """Refuses a file of another layout than this release reads.
 
     Args:
