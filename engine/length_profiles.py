@@ -79,7 +79,8 @@ def choose_profiles(
         raise InputError(message)
     values, counts = np.unique(residues, return_counts=True)
     ends = _partition(values, counts, min(count, values.size))
-    profiles, begin = [], 0
+    profiles: list[LengthProfile] = []
+    begin = 0
     for end in ends:
         middle = _median(values[begin:end], counts[begin:end]) + _EDGES
         longest = (max_residues if end == values.size else int(values[end - 1])) + _EDGES
