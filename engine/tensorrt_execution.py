@@ -71,8 +71,7 @@ class EngineExecution:
         with torch.cuda.device(self._device):
             self._runtime = trt.Runtime(self._logger)
             self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
-            loaded = self._engine is not None
-            self._context: Any = self._engine.create_execution_context() if loaded else None
+            self._context: Any = None if self._engine is None else self._engine.create_execution_context()
         if self._context is None:
             message = (
                 f"{target} {trt.__version__} does not load it, which {facts['versions'].get(target)} built: "
