@@ -253,7 +253,9 @@ def test_file_that_does_not_end_in_pt(tmp_path: Path, name: str) -> None:
     with pytest.raises(InputError) as caught:
         load_model(path, device="cpu")
     assert caught.value.file == str(path)
-    assert caught.value.problem == "a model file ends in .pt (fair-esm) or .onnx, .engine; other checkpoints are folders"
+    assert (
+        caught.value.problem == "a model file ends in .pt (fair-esm) or .onnx, .engine; other checkpoints are folders"
+    )
 
 
 # Device and precision
