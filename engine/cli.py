@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
-import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,6 +20,7 @@ from typer.core import TyperGroup
 
 from .allocator import keep_memory
 from .cpus import limit_threads
+from .embed_command import embed
 from .errors import InputError
 from .export_command import export, print_facts
 from .generate_command import generate
@@ -111,183 +111,7 @@ def _root(
     logging.getLogger("protnest.kernels").setLevel(logging.WARNING)
 
 
-def _parse_shard(text: str) -> str:
-    match = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", text)
-    if not match or int(match[1]) > int(match[2]):
-        message = f"{text!r} is not I/N with 1 <= I <= N"
-        raise typer.BadParameter(message)
-    return text
-
-
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on standard output.")]
-Model = Annotated[
-    str, typer.Option(help="Bundled name, folder in Hugging Face layout, fair-esm .pt file, or published name.")
-]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Precision = Annotated[
-    Literal["auto", "fp32", "bf16", "fp16", "int8"],
-    typer.Option(help="auto: bf16 where the hardware has it, else fp32. fp16 runs on GPUs only, int8 on CPUs only."),
-]
-
-
-Models = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        help="Bundled name, folder in Hugging Face layout, fair-esm .pt file, published name, or exported .onnx or "
-        ".engine file; with --chain several, smallest first, joined by commas.",
-        show_default="nano-s; with --chain the names that it was fitted on",
-    ),
-]
-
-
-def _embedder(
-    model: str | None,
-    chain_file: Path | None,
-    dims: int | None,
-    resident: bool,
-    settings: dict[str, str],
-    options: dict[str, Any],
-) -> Any:
-    """The embedder of one model or of a chain; models beyond those that `dims` needs are not loaded."""
-    from .chain import Chain
-    from .embedder import Embedder
-    from .family import Family
-    from .models import DEFAULT_MODEL, load_any_encoder
-
-    if chain_file is None:
-        names = [DEFAULT_MODEL] if model is None else model.split(",")
-        return Embedder([load_any_encoder(name, **settings) for name in names], dims=dims, **options)
-    chain = Chain.load(chain_file)
-    names = [each.name for each in chain.models] if model is None else model.split(",")
-    if dims is not None:
-        names = names[: chain.models_for(dims)]
-    family = Family(lambda place: load_any_encoder(names[place], **settings), len(names), resident=resident)
-    return Embedder(family, chain=chain, dims=dims, **options)
-
-
-@app.command()
-def embed(
-    fasta: Annotated[Path, typer.Argument(help="Proteins: FASTA, plain or .gz.", metavar="FASTA")],
-    out: Annotated[Path, typer.Option(help="Folder for the embeddings; an unfinished run in it is resumed.")],
-    model: Models = None,
-    chain: Annotated[
-        Path | None,
-        typer.Option(help="Chain file of `fit-chain`, or `nano`: makes one nested row of several models' embeddings."),
-    ] = None,
-    dims: Annotated[
-        int | None,
-        typer.Option(
-            help="With --chain: keep so many dimensions, and run no model beyond the one that they need.",
-            min=1,
-            show_default="all",
-        ),
-    ] = None,
-    resident: Annotated[
-        bool,
-        typer.Option(
-            "--resident/--sequential",
-            help="Several models: keep all in memory, or run one after another over each output shard.",
-        ),
-    ] = True,
-    pool: Annotated[
-        Literal["mean", "max", "bos", "residue"], typer.Option(help="One vector a protein, or one a residue.")
-    ] = "mean",
-    precision: Precision = "auto",
-    device: Device = "auto",
-    max_tokens: Annotated[
-        int | None, typer.Option(help="Most tokens in a batch.", min=1, show_default="4096 on a CPU, 65536 on a GPU")
-    ] = None,
-    output_format: Annotated[
-        Literal["safetensors", "parquet", "h5", "npy", "pt"],
-        typer.Option("--format", help="Beside the safetensors shards, write this format at the end."),
-    ] = "safetensors",
-    storage_dtype: Annotated[Literal["fp32", "fp16"], typer.Option(help="How embeddings are stored.")] = "fp32",
-    shard: Annotated[
-        str, typer.Option(help="I/N: of all output shards, embed every N-th from the I-th on.", callback=_parse_shard)
-    ] = "1/1",
-    shard_records: Annotated[int, typer.Option(help="Most proteins in an output shard.", min=1)] = 2048,
-    long: Annotated[
-        Literal["window", "full", "truncate", "error"],
-        typer.Option(help="Proteins beyond the length that the model was trained on."),
-    ] = "window",
-    invalid: Annotated[Literal["mask", "skip", "error"], typer.Option(help="Letters outside the alphabet.")] = "error",
-    overwrite: Annotated[bool, typer.Option(help="Throw away a run of other settings in --out.")] = False,
-    json_output: Json = False,
-) -> None:
-    """Embed a library of proteins."""
-    import time
-
-    from .embeddings import read_embeddings
-    from .formats import check_format, convert
-    from .info import peak_memory_bytes, versions
-    from .library import LibraryOptions, embed_library
-    from .progress import ResidueProgress
-
-    check_format(output_format)
-    started = time.perf_counter()
-    embedder = _embedder(
-        model,
-        chain,
-        dims,
-        resident,
-        {"device": device, "precision": precision},
-        {"pool": pool, "long": long, "max_tokens": max_tokens},
-    )
-    index, count = map(int, shard.split("/"))
-    options = LibraryOptions(
-        invalid=invalid, storage_dtype=storage_dtype, shard=(index, count), shard_records=shard_records
-    )
-    with ResidueProgress(_console) as progress:
-        result = embed_library(
-            fasta, out, embedder, options, details={"versions": versions()}, overwrite=overwrite, progress=progress
-        )
-    written = out if output_format == "safetensors" else convert(read_embeddings(out), out, output_format)
-    seconds = progress.seconds
-    report: dict[str, Any] = {
-        "out": str(written),
-        "model": ",".join(member.name for member in embedder.members),
-        "precision": embedder.precision,
-        "device": str(embedder.device),
-        "width": embedder.dims[-1],
-        "sequences": result.embedded + result.resumed,
-        "embedded_now": result.embedded,
-        "resumed": result.resumed,
-        "rejected": result.survey.rejected,
-        "duplicate_ids": result.duplicates,
-        "flags": result.flags,
-        "residues": result.residues,
-        "residues_per_s": round(result.residues / seconds, 1) if result.residues else None,
-        "embedding_s": round(seconds, 3),
-        "total_s": round(time.perf_counter() - started, 3),
-        "peak_memory_bytes": peak_memory_bytes(),
-    }
-    if json_output:
-        typer.echo(json.dumps(report))
-    else:
-        _print_report(report)
-
-
-def _print_report(report: dict[str, Any]) -> None:
-    rate = report["residues_per_s"]
-    rows = {
-        "embeddings": report["out"],
-        "model": f"{report['model']}, {report['precision']} on {report['device']}",
-        "sequences": f"{report['sequences']:,}" + (f" ({report['resumed']:,} resumed)" if report["resumed"] else ""),
-        "residues": f"{report['residues']:,}",
-        "residues/s": f"{rate:,.0f}" if rate else "nothing left to do",
-        "peak memory": f"{report['peak_memory_bytes'] / 2**20:,.0f} MiB",
-    }
-    for flag, count in report["flags"].items():
-        rows[flag] = f"{count:,} sequences"
-    if report["rejected"]:
-        rows["left out"] = f"{report['rejected']:,} records, listed in rejects.csv"
-    if report["duplicate_ids"]:
-        rows["duplicate ids"] = f"{report['duplicate_ids']:,} rows, kept"
-    table = Table(show_header=False, box=None)
-    for name, value in rows.items():
-        table.add_row(name, value)
-    Console(soft_wrap=True).print(table)
 
 
 @app.command("import-chain")
@@ -394,6 +218,7 @@ def _print_fits(
     Console(soft_wrap=True).print(table)
 
 
+app.command()(embed)
 app.command()(score)
 app.command()(generate)
 app.command()(export)

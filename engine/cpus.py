@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 _CGROUPS = Path("/sys/fs/cgroup")
+_NODES = Path("/sys/devices/system/node")
 
 
 def usable_cpus(cgroups: Path = _CGROUPS) -> int:
@@ -21,6 +22,30 @@ def usable_cpus(cgroups: Path = _CGROUPS) -> int:
     affine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = _quota(cgroups)
     return max(1, affine if math.isinf(quota) else min(affine, math.ceil(quota)))
+
+
+def memory_nodes(nodes: Path = _NODES) -> list[tuple[int, ...]]:
+    """Processors that this process may run on, by the memory that they are next to, which is to say by socket.
+
+    One group of all where the machine does not say (other systems than Linux, some containers).
+
+    Args:
+        nodes: where the kernel lists them.
+    """
+    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    lists = sorted(nodes.glob("node[0-9]*/cpulist"), key=lambda path: int(path.parent.name[4:]))
+    groups = [tuple(sorted(usable & _parse_list(" ".join(_words(path))))) for path in lists]
+    return [group for group in groups if group] or [tuple(sorted(usable))]
+
+
+def _parse_list(text: str) -> set[int]:
+    """The numbers of a list as the kernel writes it: 0-3,8-11."""
+    numbers: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        if first.strip().isdigit():
+            numbers.update(range(int(first), int(last or first) + 1))
+    return numbers
 
 
 def limit_threads() -> None:

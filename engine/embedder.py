@@ -145,6 +145,14 @@ class Embedder:
             raise InputError(message, file=encoder.path)
         self.dims = (*(each for each in widths if each < width), width)
 
+    def release(self) -> None:
+        """Lets go of the models' memory; what is known of them stays, and the next batch loads them again."""
+        self._release_graphs()
+        self._graphed.clear()
+        self._family.release()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def why_too_long(self, residues: int) -> str | None:
         """Why a protein of so many residues cannot be embedded; None where it can."""
         if residues <= self.max_residues:

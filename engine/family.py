@@ -102,3 +102,7 @@ class Family:
                 self._held.clear()
             self._held[place] = self._load(place)
         return self._held[place]
+
+    def release(self) -> None:
+        """Lets go of the encoders that are held; whoever asks for one again has it loaded again."""
+        self._held.clear()

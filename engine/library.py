@@ -1,62 +1,43 @@
-"""Embedding a whole library: a FASTA file in, a store out, in bounded memory, resumable.
+"""Embedding a whole library: a file in, a store out, in bounded memory, resumable, on every device of a machine.
 
 The file is read twice. The first reading checks every record and counts what there is to do, so that a bad last record
-costs seconds and not the night before it. The second cuts the records into shards, embeds them one by one, and writes
-each to the store as it is done. Which records share a shard and a batch depends on the file and the settings alone, so
-a resumed run repeats an interrupted one bit for bit.
+costs seconds and not the night before it. The second cuts the records into shards, which are embedded one by one, in
+this process or by several workers, and written to the store as they are done. Which records share a shard and a batch
+depends on the file and the settings alone, so a resumed run repeats an interrupted one bit for bit.
 """
 
 from __future__ import annotations
 
-import csv
-import hashlib
 import itertools
+import os
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
+import torch
 
-from .embedder import Embedder, Vectors
+from .cpus import memory_nodes, usable_cpus
+from .device import resolve_device
+from .embedder import Embedder
+from .embedder_plan import EmbedderPlan
 from .errors import InputError
-from .fasta import InvalidPolicy, Record, Reject, locate_records, read_fasta
-from .retry import DoesNotFit
-from .store import StoreWriter
-from .windows import residues_run
-
-STORAGE_DTYPES: dict[str, npt.DTypeLike] = {"fp32": np.float32, "fp16": np.float16}
+from .fasta import InvalidPolicy, Record
+from .library_survey import Survey, record_work, survey_library
+from .record_source import FastaSource, RecordSource, check_rereadable, locate_error
+from .shard_job import STORAGE_DTYPES, RecordFault, ShardJob, cut_jobs, embed_job
+from .shard_worker import WorkerPlan
+from .shard_workers import ShardWorkers
+from .stages import Arrays, StageTimes, run_stages
+from .store import Shard, StoreWriter, write_shard
 
 # A shard is what a crash can cost, and what is held in memory at once.
 SHARD_RECORDS = 2048
 SHARD_RESIDUES = 1 << 20
 _SHARD_BYTES = 1 << 27
-
-
-@dataclass(frozen=True)
-class Survey:
-    """What the first reading of a library found.
-
-    Attributes:
-        records: proteins to embed.
-        residues: their residues, before windows.
-        longest: residues of the longest.
-        beyond: proteins beyond the model's length.
-        work: residues that will be run, those of overlapping windows counted as often as they run.
-        rejected: records left out.
-        fingerprint: hash of places, headers and sequences of the proteins to embed.
-    """
-
-    records: int = 0
-    residues: int = 0
-    longest: int = 0
-    beyond: int = 0
-    work: int = 0
-    rejected: int = 0
-    fingerprint: str = ""
 
 
 class Progress(Protocol):
@@ -85,13 +66,17 @@ class LibraryOptions:
         invalid: what becomes of letters outside the alphabet: "error", "skip" or "mask".
         storage_dtype: "fp32" or "fp16".
         shard: (I, N), 1-based: of all output shards, those whose number j has j mod N = I - 1.
-        shard_records: most proteins in a shard.
+        shard_records: most proteins embedded in a shard.
+        dedup: embed records of equal sequences once.
+        workers: processes that embed; None for one a GPU, and on a CPU this one alone. They decide no bytes.
     """
 
     invalid: InvalidPolicy = "error"
     storage_dtype: str = "fp32"
     shard: tuple[int, int] = (1, 1)
     shard_records: int = SHARD_RECORDS
+    dedup: bool = False
+    workers: int | None = None
 
     def __post_init__(self) -> None:
         if self.storage_dtype not in STORAGE_DTYPES:
@@ -103,6 +88,35 @@ class LibraryOptions:
         if self.shard_records < 1:
             message = f"shard_records must be positive, got {self.shard_records}"
             raise InputError(message)
+        if self.workers is not None and self.workers < 1:
+            message = f"workers must be positive, got {self.workers}"
+            raise InputError(message)
+        if self.dedup and self.shard[1] > 1:
+            message = (
+                f"--dedup with --shard {self.shard[0]}/{self.shard[1]}: equal sequences may lie in another job's "
+                "shards; remove one of both"
+            )
+            raise InputError(message)
+
+    def workers_on(self, plan: EmbedderPlan | None) -> list[EmbedderPlan]:
+        """What each of several worker processes makes; empty where this process does the work itself.
+
+        Raises:
+            InputError: several workers are asked for, and there is no plan.
+        """
+        if plan is None:
+            if self.workers is not None and self.workers > 1:
+                message = f"workers is {self.workers}, and each makes its own embedder: pass an EmbedderPlan"
+                raise InputError(message)
+            return []
+        device = resolve_device(plan.device)
+        gpus = torch.cuda.device_count() if device.type == "cuda" and plan.device in ("auto", "cuda") else 0
+        count = self.workers or max(gpus, 1)
+        if count == 1:
+            return []
+        if device.type == "cpu":
+            return [plan.on("cpu")] * count
+        return [plan.on(f"cuda:{place % gpus}" if gpus else plan.device) for place in range(count)]
 
 
 @dataclass(frozen=True)
@@ -116,6 +130,10 @@ class LibraryResult:
         duplicates: rows whose id an earlier row carries too.
         residues: residues of the proteins that this call embedded.
         flags: how many of these proteins carry each flag.
+        times: where the time went; of several workers, added up.
+        restarts: workers that died and were replaced.
+        workers: processes that worked.
+        settings: of the run, resolved.
     """
 
     survey: Survey
@@ -124,115 +142,80 @@ class LibraryResult:
     duplicates: int = 0
     residues: int = 0
     flags: dict[str, int] = field(default_factory=dict)
+    times: StageTimes = field(default_factory=StageTimes)
+    restarts: int = 0
+    workers: int = 1
+    settings: dict[str, Any] = field(default_factory=dict)
 
-
-def survey_library(
-    fasta: Path, embedder: Embedder, *, invalid: InvalidPolicy = "error", rejects: IO[str] | None = None
-) -> Survey:
-    """Reads a library once: checks every record, counts, and lists what is left out as CSV rows in `rejects`.
-
-    Raises:
-        InputError: a record is invalid with invalid="error", or too long for an embedder with long="error"; names file,
-            line and record.
-    """
-    records = residues = longest = beyond = work = rejected = 0
-    digest = hashlib.blake2b(digest_size=16)
-    rows = csv.writer(rejects) if rejects is not None else None
-
-    def on_reject(reject: Reject) -> None:
-        nonlocal rejected
-        rejected += 1
-        if rows is not None:
-            rows.writerow([reject.index + 1, reject.id, reject.reason])
-
-    if rows is not None:
-        rows.writerow(["record", "id", "reason"])
-    for record in read_fasta(fasta, invalid=invalid, on_reject=on_reject):
-        length = len(record.sequence)
-        if length > embedder.max_residues:
-            beyond += 1
-            if why := embedder.why_too_long(length):
-                raise _located(fasta, record, f"{why}; --long says what to do")
-        records += 1
-        residues += length
-        longest = max(longest, length)
-        work += _work(record, embedder)
-        digest.update(f"{record.index}>{record.header}\n{record.sequence}\n".encode("utf-8", "surrogateescape"))
-    return Survey(records, residues, longest, beyond, work, rejected, digest.hexdigest())
-
-
-def _work(record: Record, embedder: Embedder) -> int:
-    return residues_run(len(record.sequence), max_residues=embedder.max_residues, long=embedder.long)
-
-
-def _located(fasta: Path, record: Record, message: str) -> InputError:
-    """The error that names where in the file a record stands."""
-    line = locate_records(fasta, [record.index]).get(record.index)
-    return InputError(message, file=fasta, line=line, record=record.index + 1, record_id=record.id)
-
-
-def cut_shards(records: Iterator[Record], *, max_records: int, max_residues: int) -> Iterator[list[Record]]:
-    """Cuts records into consecutive shards of at most so many records and residues; one record at least."""
-    shard: list[Record] = []
-    residues = 0
-    for record in records:
-        if shard and (len(shard) == max_records or residues + len(record.sequence) > max_residues):
-            yield shard
-            shard, residues = [], 0
-        shard.append(record)
-        residues += len(record.sequence)
-    if shard:
-        yield shard
+    @property
+    def models(self) -> list[str]:
+        """Names of the models that ran, smallest first."""
+        return list(self.settings.get("models", [self.settings["model"]]))
 
 
 def embed_library(
-    fasta: Path,
+    source: Path | RecordSource,
     out: Path,
-    embedder: Embedder,
+    embedder: Embedder | EmbedderPlan,
     options: LibraryOptions | None = None,
     *,
     details: dict[str, Any] | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> LibraryResult:
-    """Embeds a FASTA file into the folder `out`, going on where an earlier run of the same settings stopped.
+    """Embeds a library into the folder `out`, going on where an earlier run of the same settings stopped.
 
     Args:
-        fasta: plain or .gz.
+        source: a FASTA file, plain or .gz, or whatever else proteins are read from.
         out: the store; made if it is not there.
-        embedder: model, pooling, batch size and what becomes of long proteins.
-        options: what else decides the bytes.
+        embedder: model, pooling, batch size and what becomes of long proteins; several workers need it as a plan.
+        options: what else decides the bytes, and how many processes work.
         details: kept in run.json: versions and the like.
         overwrite: throw away a run of other settings in `out`.
         progress: is told how far the run is.
 
     Raises:
-        InputError: the file is invalid; `out` holds another run, or is being written to.
+        InputError: the file is invalid; `out` holds another run, or is being written to; workers die again and again.
     """
-    if fasta.exists() and not (fasta.is_file() or fasta.is_dir()):
-        message = "is a pipe or a device; a library is read twice, so it has to be a file"
-        raise InputError(message, file=fasta)
     options = options or LibraryOptions()
     progress = progress or Silent()
+    if isinstance(source, Path):
+        source = FastaSource(source, options.invalid)
+    check_rereadable(source.path)
+    plan = embedder if isinstance(embedder, EmbedderPlan) else None
+    workers = options.workers_on(plan)
+    if isinstance(embedder, EmbedderPlan):
+        embedder = embedder.make()
+    started = time.perf_counter()
     with tempfile.SpooledTemporaryFile(max_size=1 << 20, mode="w+", newline="", encoding="utf-8") as rejects:
-        survey = survey_library(fasta, embedder, invalid=options.invalid, rejects=rejects)
+        survey = survey_library(source, embedder, rejects=rejects, dedup=options.dedup)
         if not survey.records:
             message = f"no sequence to embed: all {survey.rejected} records were left out"
-            raise InputError(message, file=fasta)
-        settings = _settings(embedder, options, survey)
-        source = {"input": {"path": str(fasta), "bytes": fasta.stat().st_size}}
-        with StoreWriter(out, settings, details={**source, **(details or {})}, overwrite=overwrite) as store:
-            resumed = sum(shard.rows for shard in store.shards.values())
+            raise InputError(message, file=source.path)
+        checking = time.perf_counter() - started
+        settings = _settings(source, embedder, options, survey)
+        about = {"input": {"path": str(source.path), "bytes": source.path.stat().st_size}}
+        with StoreWriter(out, settings, details={**about, **(details or {})}, overwrite=overwrite) as store:
+            run = _Run(store, source, embedder, options, survey, progress)
             if store.complete:
                 progress.start(survey.records, survey.work, survey.work)
-                return LibraryResult(survey, resumed=resumed, duplicates=store.count_duplicates())
+                return replace(run.result(), duplicates=store.count_duplicates())
             rejects.seek(0)
             store.write_rejects(rejects)
-            embedded, residues, flags = _fill(store, fasta, embedder, options, survey, progress)
-            return LibraryResult(survey, embedded, resumed, store.finish(), residues, flags)
+            if workers:
+                # The model has told all that is to be known of it; the workers need its memory.
+                embedder.release()
+                run.in_processes(workers)
+            else:
+                run.in_this_process()
+            run.times.checking = checking
+            started = time.perf_counter()
+            duplicates = store.finish()
+            run.times.finishing = time.perf_counter() - started
+            return replace(run.result(), duplicates=duplicates)
 
 
-def _settings(embedder: Embedder, options: LibraryOptions, survey: Survey) -> dict[str, Any]:
+def _settings(source: RecordSource, embedder: Embedder, options: LibraryOptions, survey: Survey) -> dict[str, Any]:
     largest = embedder.members[-1]
     return {
         "model": largest.name,
@@ -248,10 +231,13 @@ def _settings(embedder: Embedder, options: LibraryOptions, survey: Survey) -> di
         "long": embedder.long,
         "max_residues": embedder.max_residues,
         "input_fingerprint": survey.fingerprint,
-        "invalid": options.invalid,
+        "invalid": source.invalid,
         "storage_dtype": options.storage_dtype,
         "shard": list(options.shard),
         "shard_records": options.shard_records,
+        # Absent where it is not asked for, as in stores that were written before there was such a thing.
+        **({"dedup": True} if options.dedup else {}),
+        **source.settings,
     }
 
 
@@ -282,69 +268,114 @@ def _exported_settings(embedder: Embedder) -> dict[str, Any]:
     }
 
 
-def _fill(
-    store: StoreWriter,
-    fasta: Path,
-    embedder: Embedder,
-    options: LibraryOptions,
-    survey: Survey,
-    progress: Progress,
-) -> tuple[int, int, dict[str, int]]:
-    """Embeds the shards that the store lacks: their proteins, residues, and how many proteins carry each flag."""
-    width = embedder.dims[-1]
-    max_residues = SHARD_RESIDUES
-    # With a chain the maximum is taken of projected residues, which wait for the next model in --sequential.
-    if embedder.pool == "residue" or (embedder.chain is not None and embedder.pool == "max"):
-        max_residues = min(max_residues, max(1, _SHARD_BYTES // (4 * width)))
-    records = read_fasta(fasta, invalid=options.invalid, quiet=True)
-    embedded = residues = done = 0
-    counts: Counter[str] = Counter()
-    started = False
-    for number, shard in enumerate(cut_shards(records, max_records=options.shard_records, max_residues=max_residues)):
-        if number % options.shard[1] != options.shard[0] - 1:
-            continue
-        if number in store.shards:
-            done += sum(_work(record, embedder) for record in shard)
-            continue
-        if not started:
-            # A job that embeds every N-th shard has about an N-th of the work.
-            jobs = options.shard[1]
-            progress.start(survey.records // jobs, survey.work // jobs, done)
-            started = True
+class _Run:
+    """Embeds the shards that a store lacks."""
+
+    def __init__(
+        self,
+        store: StoreWriter,
+        source: RecordSource,
+        embedder: Embedder,
+        options: LibraryOptions,
+        survey: Survey,
+        progress: Progress,
+    ) -> None:
+        self._store = store
+        self._source = source
+        self._embedder = embedder
+        self._options = options
+        self._survey = survey
+        self._progress = progress
+        self._resumed = sum(shard.rows for shard in store.shards.values())
+        self._embedded = self._residues = 0
+        self._flags: Counter[str] = Counter()
+        self._workers, self._restarts = 1, 0
+        self.times = StageTimes()
+
+    def result(self) -> LibraryResult:
+        return LibraryResult(
+            self._survey,
+            self._embedded,
+            self._resumed,
+            residues=self._residues,
+            flags=dict(self._flags),
+            times=self.times,
+            restarts=self._restarts,
+            workers=self._workers,
+            settings=self._store.settings,
+        )
+
+    def in_this_process(self) -> None:
+        def write(job: ShardJob, arrays: Arrays) -> None:
+            self._finish(job, write_shard(self._store.folder, job.number, job.entries, arrays))
+
         try:
-            vectors = embedder.embed_clean([record.sequence for record in shard], after_batch=progress.advance)
-        except DoesNotFit as error:
-            raise _located(fasta, shard[error.row], error.reason) from error
-        flags = [_flags(record, embedder) for record in shard]
-        arrays = _arrays(vectors, options.storage_dtype)
-        _check_finite(fasta, shard, arrays["embeddings"])
-        store.add(number, shard, flags, arrays)
-        embedded += len(shard)
-        residues += sum(len(record.sequence) for record in shard)
-        counts.update(itertools.chain.from_iterable(flags))
-    return embedded, residues, dict(counts)
+            self.times = run_stages(self._jobs(), self._embed, write)
+        except RecordFault as error:
+            raise locate_error(self._source, error.record, error.problem) from error
 
+    def in_processes(self, plans: list[EmbedderPlan]) -> None:
+        nodes, self._workers = memory_nodes(), len(plans)
+        threads = max(1, usable_cpus() // len(plans))
+        threads = min(threads, int(os.environ.get("OMP_NUM_THREADS", threads)))
+        workers = [
+            WorkerPlan(
+                embedder=plan,
+                folder=self._store.folder.absolute(),
+                storage_dtype=self._options.storage_dtype,
+                threads=threads,
+                cpus=nodes[place % len(nodes)] if len(nodes) > 1 else (),
+            )
+            for place, plan in enumerate(plans)
+        ]
+        with ShardWorkers(workers, on_shard=self._finish, on_advance=self._progress.advance) as pool:
+            try:
+                self.times = pool.run(self._jobs())
+            except RecordFault as error:
+                raise locate_error(self._source, error.record, error.problem) from error
+            finally:
+                self._restarts = pool.restarts
 
-def _flags(record: Record, embedder: Embedder) -> list[str]:
-    flags = list(record.flags)
-    if len(record.sequence) > embedder.max_residues:
-        flags.append({"window": "windowed", "full": "full-length", "truncate": "truncated"}[embedder.long])
-    return flags
+    def _jobs(self) -> Iterator[ShardJob]:
+        """Those that the store lacks; the bar begins with the first."""
+        width = self._embedder.dims[-1]
+        most_residues = SHARD_RESIDUES
+        # With a chain the maximum is taken of projected residues, which wait for the next model in --sequential.
+        if self._embedder.pool == "residue" or (self._embedder.chain is not None and self._embedder.pool == "max"):
+            most_residues = min(most_residues, max(1, _SHARD_BYTES // (4 * width)))
+        done = 0
+        started = False
+        for job in cut_jobs(
+            self._source,
+            self._survey,
+            flags=self._flags_of,
+            max_records=self._options.shard_records,
+            max_residues=most_residues,
+            share=self._options.shard,
+        ):
+            if job.number in self._store.shards:
+                done += sum(record_work(record, self._embedder) for record in job.fresh)
+                continue
+            if not started:
+                # A job that embeds every N-th shard has about an N-th of the work.
+                jobs = self._options.shard[1]
+                self._progress.start(self._survey.records // jobs, self._survey.work // jobs, done)
+                started = True
+            yield job
 
+    def _embed(self, job: ShardJob) -> Arrays:
+        return embed_job(
+            job, self._embedder, storage_dtype=self._options.storage_dtype, after_batch=self._progress.advance
+        )
 
-def _arrays(vectors: Vectors | list[Vectors], storage_dtype: str) -> dict[str, npt.NDArray[Any]]:
-    dtype = STORAGE_DTYPES[storage_dtype]
-    if isinstance(vectors, np.ndarray):
-        return {"embeddings": vectors.astype(dtype, copy=False)}
-    offsets = np.cumsum([0, *(len(rows) for rows in vectors)], dtype=np.int64)
-    return {"embeddings": np.concatenate(vectors).astype(dtype, copy=False), "offsets": offsets}
+    def _finish(self, job: ShardJob, shard: Shard) -> None:
+        self._store.add(shard)
+        self._embedded += shard.rows
+        self._residues += sum(len(record.sequence) for record in job.fresh)
+        self._flags.update(itertools.chain.from_iterable(entry.flags for entry in job.entries))
 
-
-def _check_finite(fasta: Path, shard: list[Record], embeddings: npt.NDArray[Any]) -> None:
-    if np.isfinite(embeddings).all():
-        return
-    message = (
-        f"embeddings between the records {shard[0].index + 1} ({shard[0].id}) and {shard[-1].index + 1} "
-        f"({shard[-1].id}) are not finite: fp16 ends at 65,504; take --precision bf16 or fp32, --storage-dtype fp32"
-    )
-    raise InputError(message, file=fasta)
+    def _flags_of(self, record: Record) -> tuple[str, ...]:
+        if len(record.sequence) <= self._embedder.max_residues:
+            return record.flags
+        what = {"window": "windowed", "full": "full-length", "truncate": "truncated"}[self._embedder.long]
+        return (*record.flags, what)

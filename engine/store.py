@@ -1,23 +1,27 @@
 """A run's folder on disk: shards of embeddings, an index, rejects, and run.json, which says what is finished.
 
-    run.json                 schema version, resolved settings, model, versions, input, finished shards, `complete`
+    run.json                 schema version, resolved settings, model, versions, input, finished shards with the SHA-256
+                             of their files, `complete`
     part-NNNNN.safetensors   `embeddings` (n, D); with pool=residue (sum of lengths, D) beside `offsets` int64 (n + 1,)
-    part-NNNNN.parquet       the shard's rows of the index, until the run completes
-    index.parquet            position, id, header, length, flags: one row an embedding, in input order
+    part-NNNNN.parquet       the shard's records of the index, until the run completes
+    index.parquet            position, id, header, length, flags, row: one line a record, in input order
     rejects.csv              record, id, reason: what `--invalid skip` or `mask` left out
 
 Every file is written under a temporary name, flushed to the disk and renamed; run.json comes last. So a run killed at
 any moment leaves finished shards and nothing that looks finished without being so. A lock that dies with its process
-keeps two runs out of one folder.
+keeps two runs out of one folder. Nothing is decided by clocks.
+
+Version 1 had neither checksums nor `row`, which was the line's own place: it is read, but not gone on with.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,6 +29,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from .atomic import write_atomically
@@ -33,7 +38,7 @@ from .fasta import Record
 from .run_folder import check_empty, differences, enter_folder
 from .schema_version import check_schema_version
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 RUN_FILE = "run.json"
 INDEX_FILE = "index.parquet"
 REJECTS_FILE = "rejects.csv"
@@ -45,18 +50,47 @@ INDEX_SCHEMA = pa.schema(
         ("header", pa.string()),
         ("length", pa.int64()),
         ("flags", pa.string()),
+        ("row", pa.int64()),
     ]
 )
-"""position: place among the file's records, from 0, rejected ones counted; flags: words joined by commas."""
+"""position: place among the file's records, from 0, rejected ones counted; flags: words joined by commas; row: which
+embedding is its own, from 0 over all shards in order; with --dedup records of equal sequences share one."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the index.
+
+    Attributes:
+        record: the protein.
+        row: which embedding is its own, over all shards.
+        flags: what was done to it.
+    """
+
+    record: Record
+    row: int
+    flags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A finished shard, as run.json lists it."""
+    """A finished shard, as run.json lists it.
+
+    Attributes:
+        number: its place among the shards, from 0.
+        rows: proteins embedded in it.
+        size_bytes: of its file.
+        records: lines of the index that belong to it; as many as rows but with --dedup.
+        sha256: of its file; None in stores of version 1.
+        index_sha256: of its part of the index; None in stores of version 1.
+    """
 
     number: int
     rows: int
     size_bytes: int
+    records: int | None = None
+    sha256: str | None = None
+    index_sha256: str | None = None
 
     @property
     def file(self) -> str:
@@ -65,6 +99,57 @@ class Shard:
     @property
     def index_file(self) -> str:
         return f"part-{self.number:05d}.parquet"
+
+
+def write_shard(
+    folder: Path,
+    number: int,
+    entries: Sequence[Entry],
+    arrays: dict[str, npt.NDArray[Any]],
+) -> Shard:
+    """Writes shard `number`, from 0: its lines of the index, and the tensors of its file. It is listed by no one yet.
+
+    Args:
+        folder: the store.
+        number: of the shard.
+        entries: its records, in input order.
+        arrays: `embeddings` (n, D), and with pool=residue `offsets`.
+    """
+    table = pa.table(
+        {
+            "position": [entry.record.index for entry in entries],
+            "id": [entry.record.id for entry in entries],
+            "header": [entry.record.header for entry in entries],
+            "length": [len(entry.record.sequence) for entry in entries],
+            "flags": [",".join(entry.flags) for entry in entries],
+            "row": [entry.row for entry in entries],
+        },
+        schema=INDEX_SCHEMA,
+    )
+    rows = len(arrays["offsets"]) - 1 if "offsets" in arrays else len(arrays["embeddings"])
+    shard = Shard(number, rows, 0, len(entries))
+    index_path, path = folder / shard.index_file, folder / shard.file
+    write_atomically(index_path, lambda temporary: pq.write_table(table, temporary))
+    write_atomically(path, lambda temporary: _save(arrays, temporary))
+    return replace(shard, size_bytes=path.stat().st_size, sha256=checksum(path), index_sha256=checksum(index_path))
+
+
+def _save(arrays: dict[str, npt.NDArray[Any]], path: Path) -> None:
+    try:
+        save_file(arrays, path)
+    except SafetensorError as error:
+        # It tells of a full disk by its own class, without the number that the system gave.
+        message = f"cannot be written ({error})"
+        raise InputError(message, file=path.with_name(path.name.removeprefix(".").removesuffix(".tmp"))) from error
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file, as `sha256sum` prints it."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 class StoreWriter:
@@ -89,6 +174,7 @@ class StoreWriter:
         self.overwrite = overwrite
         self.complete = False
         self.shards: dict[int, Shard] = {}
+        self._index_sha256: str | None = None
         self._held = contextlib.ExitStack()
 
     def __enter__(self) -> StoreWriter:
@@ -107,11 +193,15 @@ class StoreWriter:
         if (self.folder / RUN_FILE).exists():
             run = read_run(self.folder)
             changed = differences(run["settings"], self.settings)
+            if not changed and run["schema_version"] != SCHEMA_VERSION and not run["complete"]:
+                changed = [f"schema version: {run['schema_version']} there, {SCHEMA_VERSION} now"]
             if not changed:
                 self.complete = run["complete"]
+                self._index_sha256 = run.get("index_sha256")
                 found = (Shard(**shard) for shard in run["shards"])
                 self.shards = {shard.number: shard for shard in found if self._is_whole(shard)}
                 self.complete = self.complete and len(self.shards) == len(run["shards"])
+                self._tidy()
                 return
             if not self.overwrite:
                 message = f"holds a run with other settings ({'; '.join(changed)}); choose another --out or --overwrite"
@@ -125,6 +215,14 @@ class StoreWriter:
         path = self.folder / shard.file
         indexed = (self.folder / shard.index_file).exists() or (self.folder / INDEX_FILE).exists()
         return indexed and path.exists() and path.stat().st_size == shard.size_bytes
+
+    def _tidy(self) -> None:
+        """Removes what a killed run was writing, or had no time left to remove."""
+        leftovers = list(self.folder.glob(".*.tmp"))
+        if self.complete:
+            leftovers += [self.folder / shard.index_file for shard in self.shards.values()]
+        for path in leftovers:
+            path.unlink(missing_ok=True)
 
     def _clear(self) -> None:
         # run.json goes first: a folder that is half cleared must not look like a run.
@@ -140,34 +238,15 @@ class StoreWriter:
             "settings": self.settings,
             "rows": sum(shard.rows for shard in self.shards.values()),
             "shards": [vars(self.shards[number]) for number in sorted(self.shards)],
+            "index_sha256": self._index_sha256,
             **self.details,
         }
         text = json.dumps(run, indent=1) + "\n"
         write_atomically(self.folder / RUN_FILE, lambda path: path.write_text(text, encoding="utf-8"))
 
-    def add(
-        self,
-        number: int,
-        records: Sequence[Record],
-        flags: Sequence[Sequence[str]],
-        arrays: dict[str, npt.NDArray[Any]],
-    ) -> None:
-        """Writes shard `number`, from 0: its records, their flags, and the tensors of its file."""
-        table = pa.table(
-            {
-                "position": [record.index for record in records],
-                "id": [record.id for record in records],
-                "header": [record.header for record in records],
-                "length": [len(record.sequence) for record in records],
-                "flags": [",".join(words) for words in flags],
-            },
-            schema=INDEX_SCHEMA,
-        )
-        shard = Shard(number, len(records), 0)
-        path = self.folder / shard.file
-        write_atomically(self.folder / shard.index_file, lambda temporary: pq.write_table(table, temporary))
-        write_atomically(path, lambda temporary: save_file(arrays, temporary))
-        self.shards[number] = Shard(number, len(records), path.stat().st_size)
+    def add(self, shard: Shard) -> None:
+        """Lists a shard that `write_shard` wrote as finished."""
+        self.shards[shard.number] = shard
         self._write_run()
 
     def write_rejects(self, rejects: IO[str]) -> None:
@@ -195,6 +274,7 @@ class StoreWriter:
                         writer.write_table(pq.read_table(part))
 
             write_atomically(self.folder / INDEX_FILE, merge)
+            self._index_sha256 = checksum(self.folder / INDEX_FILE)
         self.complete = True
         self._write_run()
         for part in parts:
@@ -223,5 +303,5 @@ def read_run(folder: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         message = f"not a readable run ({error})"
         raise InputError(message, file=path) from error
-    check_schema_version(version, SCHEMA_VERSION, file=path)
+    check_schema_version(version, SCHEMA_VERSION, file=path, earlier=(1,))
     return run

@@ -15,6 +15,7 @@ from protnest.engine import Embedder, InputError, embed_library, load_model, rea
 from protnest.engine import formats as formats_module
 from protnest.engine.formats import check_format, convert
 from protnest.engine.library import LibraryOptions
+from protnest.engine.store import SCHEMA_VERSION
 
 from support.tiny import random_proteins, save_tiny_model, write_fasta
 
@@ -89,7 +90,7 @@ def test_what_is_no_store_is_refused(tmp_path: Path, stores: dict[str, Path]) ->
         read_embeddings(tmp_path)
     run = json.loads((stores["mean"] / "run.json").read_text())
     (tmp_path / "run.json").write_text(json.dumps({**run, "schema_version": 99}))
-    with pytest.raises(InputError, match="schema version 99, this release reads 1"):
+    with pytest.raises(InputError, match=f"schema version 99, this release reads {SCHEMA_VERSION}"):
         read_embeddings(tmp_path)
     (tmp_path / "run.json").write_text(json.dumps({**run, "complete": False}))
     with pytest.raises(InputError, match=r"not finished \(23 rows so far\)"):

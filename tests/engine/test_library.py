@@ -19,9 +19,11 @@ import pytest
 import torch
 from protnest.engine import Embedder, Encoder, InputError, embed_library, load_model, read_embeddings
 from protnest.engine.atomic import write_atomically
-from protnest.engine.fasta import read_fasta
-from protnest.engine.library import LibraryOptions, cut_shards, survey_library
+from protnest.engine.library import LibraryOptions
+from protnest.engine.library_survey import survey_library
 from protnest.engine.packing import PackedBatch
+from protnest.engine.record_source import FastaSource
+from protnest.engine.shard_job import cut_jobs
 from protnest.engine.store import SCHEMA_VERSION, StoreWriter
 
 from support.tiny import random_proteins, save_tiny_model, write_fasta
@@ -328,30 +330,36 @@ def test_overflow_is_an_error_and_not_an_infinity(
     tmp_path: Path, embedder: Embedder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fasta = write_fasta(tmp_path / "in.fasta", random_proteins(3))
-    huge = np.full((3, 32), 1e6, dtype=np.float32)
+    huge = np.full((3, 32), 1.0, dtype=np.float32)
+    huge[1, 7] = 1e6
     monkeypatch.setattr(embedder, "embed_clean", lambda sequences, after_batch: huge)
-    with pytest.raises(InputError, match=r"records 1 \(protein0\) and 3 \(protein2\) are not finite"):
+    with pytest.raises(InputError, match=r"record 2 \(protein1\): the embedding is not finite"):
         embed_library(fasta, tmp_path / "out", embedder, LibraryOptions(storage_dtype="fp16"))
     with pytest.raises(InputError, match="is not finished"):
         read_embeddings(tmp_path / "out")
     assert embed_library(fasta, tmp_path / "wide", embedder).embedded == 3
 
 
-def test_cut_shards_by_records_and_residues(tmp_path: Path) -> None:
+def test_shards_are_cut_by_records_and_residues(tmp_path: Path, embedder: Embedder) -> None:
     fasta = write_fasta(tmp_path / "in.fasta", ["M" * length for length in (3, 3, 3, 9, 1, 1, 1, 1)])
-    shards = list(cut_shards(read_fasta(fasta), max_records=3, max_residues=7))
-    assert [[len(record.sequence) for record in shard] for shard in shards] == [[3, 3], [3], [9], [1, 1, 1], [1]]
+    source = FastaSource(fasta)
+    survey = survey_library(source, embedder)
+    jobs = list(cut_jobs(source, survey, flags=lambda record: record.flags, max_records=3, max_residues=7))
+    lengths = [[len(entry.record.sequence) for entry in job.entries] for job in jobs]
+    assert lengths == [[3, 3], [3], [9], [1, 1, 1], [1]]
+    assert [job.first_row for job in jobs] == [0, 2, 3, 4, 7]
+    assert [job.number for job in jobs] == [0, 1, 2, 3, 4]
 
 
 def test_survey_counts(tmp_path: Path, embedder: Embedder) -> None:
     sequences = random_proteins(30, longest=100)
     fasta = write_fasta(tmp_path / "in.fasta", sequences)
-    survey = survey_library(fasta, embedder)
+    survey = survey_library(FastaSource(fasta), embedder)
     assert (survey.records, survey.residues) == (30, sum(map(len, sequences)))
     assert survey.longest == max(map(len, sequences))
-    assert survey.fingerprint == survey_library(fasta, embedder).fingerprint
+    assert survey.fingerprint == survey_library(FastaSource(fasta), embedder).fingerprint
     sequences[7] = "M" + sequences[7][1:].replace("A", "G") + "A"
-    assert survey.fingerprint != survey_library(write_fasta(fasta, sequences), embedder).fingerprint
+    assert survey.fingerprint != survey_library(FastaSource(write_fasta(fasta, sequences)), embedder).fingerprint
 
 
 def test_failed_write_leaves_the_old_file(tmp_path: Path) -> None:

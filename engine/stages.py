@@ -1,0 +1,91 @@
+"""The stages that shards go through: read, embedded, written; each at its own pace, none far ahead of the next.
+
+One shard is read ahead and one is being written while the model has a third, so that neither the file nor the disk
+keeps the model waiting, and no more than these are ever held.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy.typing as npt
+
+from .shard_job import ShardJob
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+@dataclass(kw_only=True)
+class StageTimes:
+    """Where the wall time went, in seconds.
+
+    Attributes:
+        checking: the first reading, before anything ran.
+        model: embedding.
+        awaiting_reader: the model had nothing to do, since the next shard was not read yet.
+        awaiting_writer: the same, since the shard before had not been written yet.
+        finishing: merging the index.
+    """
+
+    checking: float = 0.0
+    model: float = 0.0
+    awaiting_reader: float = 0.0
+    awaiting_writer: float = 0.0
+    finishing: float = 0.0
+
+    def add(self, other: StageTimes) -> None:
+        """Adds another's times to these."""
+        for name, seconds in vars(other).items():
+            setattr(self, name, getattr(self, name) + seconds)
+
+    @property
+    def idle_share(self) -> float:
+        """Share of the time in which the model waited, or had not begun or was done."""
+        total = sum(vars(self).values())
+        return 1 - self.model / total if total else 0.0
+
+
+def run_stages(
+    jobs: Iterator[ShardJob],
+    embed: Callable[[ShardJob], Arrays],
+    write: Callable[[ShardJob, Arrays], None],
+) -> StageTimes:
+    """Takes jobs, embeds each in the calling thread, and has them read and written by two others, in order.
+
+    An error of any stage ends the run, after what is being written is written. It is raised here.
+    """
+    times = StageTimes()
+    with ThreadPoolExecutor(1, "reader") as reader, ThreadPoolExecutor(1, "writer") as writer:
+        ahead = reader.submit(next, jobs, None)
+        behind: Future[None] | None = None
+        clock = _Clock()
+        while (job := ahead.result()) is not None:
+            times.awaiting_reader += clock.lap()
+            ahead = reader.submit(next, jobs, None)
+            arrays = embed(job)
+            times.model += clock.lap()
+            if behind is not None:
+                behind.result()
+            times.awaiting_writer += clock.lap()
+            behind = writer.submit(write, job, arrays)
+            del arrays
+        times.awaiting_reader += clock.lap()
+        if behind is not None:
+            behind.result()
+        times.awaiting_writer += clock.lap()
+    return times
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the last call."""
+        now = time.perf_counter()
+        last, self._last = self._last, now
+        return now - last
