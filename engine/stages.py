@@ -42,12 +42,6 @@ class StageTimes:
         for name, seconds in vars(other).items():
             setattr(self, name, getattr(self, name) + seconds)
 
-    @property
-    def idle_share(self) -> float:
-        """Share of the time in which the model waited, or had not begun or was done."""
-        total = sum(vars(self).values())
-        return 1 - self.model / total if total else 0.0
-
 
 def run_stages(
     jobs: Iterator[ShardJob],
