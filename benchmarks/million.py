@@ -2,9 +2,9 @@
 
     python -m protnest.benchmarks.million SWISSPROT.fasta.gz --out out/million
 
-Writes a library of variants of real proteins, embeds a small part of it, then all of it, each with `protnest embed`, and
-watches these processes from outside: their processor time, their memory, and the shards that run.json lists. What it
-saw is kept beside the store, so that a run that was stopped or killed goes on, both the store's and this one's.
+Writes a library of variants of real proteins, embeds a small part of it, then all of it, each with `protnest embed`,
+and watches these processes from outside: their processor time, their memory, and the shards that run.json lists. What
+it saw is kept beside the store, so that a run that was stopped or killed goes on, both the store's and this one's.
 """
 
 from __future__ import annotations

@@ -318,7 +318,9 @@ class _Run:
             self._finish(job, write_shard(self._store.folder, job.number, job.entries, arrays))
 
         try:
-            self.times = run_stages(self._jobs(), self._embed, write)
+            self.times = run_stages(
+                self._jobs(), self._embed, write, writes_behind=self._embedder.device.type == "cuda"
+            )
         except RecordFault as error:
             raise locate_error(self._source, error.record, error.problem) from error
 
