@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from protnest.engine import InputError, load_model, tensorrt_execution
+from protnest.engine import InputError, load_model, tensorrt_execution, tensorrt_sidecar
 from protnest.engine.exported_encoder import ExportedEncoder
 from protnest.engine.length_profiles import choose_profiles
 from protnest.engine.models import load_encoder
@@ -250,7 +250,10 @@ def test_an_engine_is_loaded_as_an_encoder(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(InputError, match=r"m\.engine: is fp32, got precision 'fp16'"):
         load_model(engine, precision="fp16")
     assert asked == []
+    digests, digest = [], tensorrt_sidecar._digest
+    monkeypatch.setattr(tensorrt_sidecar, "_digest", lambda path: digests.append(path) or digest(path))
     found = load_model(engine)
+    assert digests == [engine]  # Gigabytes are read once.
     assert isinstance(found, ExportedEncoder)
     assert (asked, found.runtime, found.device.type, found.config.max_residues) == (
         ["cuda"],
