@@ -127,9 +127,7 @@ class Table:
         """The columns' names for a message, the first twenty of them."""
         return _list_names(self.columns)
 
-    def rows(
-        self, *, begin: int = 0, ragged: bool = False, only: Collection[str] | None = None
-    ) -> Iterator[Row]:
+    def rows(self, *, begin: int = 0, ragged: bool = False, only: Collection[str] | None = None) -> Iterator[Row]:
         """Yields the rows in order.
 
         Args:

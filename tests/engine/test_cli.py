@@ -156,12 +156,11 @@ def test_failures_name_the_place_and_exit_with_1(
     assert "Traceback" not in result.output
 
 
-@pytest.mark.parametrize("kind", ["csv", "parquet", "mutants"])
-@pytest.mark.parametrize("options", [[], ["--workers", "2"]])
+@pytest.mark.parametrize(("kind", "options"), [("csv", []), ("parquet", []), ("mutants", ["--workers", "2"])])
 def test_embed_from_tables(tmp_path: Path, model: str, kind: str, options: list[str]) -> None:
     """With workers, rejects, and a second call that finds nothing to do."""
     sequences = ["MKTAYIAKQR", "MATAYIAKQR", "MKTAYIAKQW"]
-    names = ["WT", "K2A", "R10W"]
+    names = ["WT", "K25A", "R33W"]
     path = tmp_path / "in.csv"
     if kind == "csv":
         path.write_text("key,aa\n" + "".join(f"{n},{s}\n" for n, s in zip(names, sequences, strict=True)) + "bad,1\n")
@@ -187,6 +186,22 @@ def test_embed_from_tables(tmp_path: Path, model: str, kind: str, options: list[
     assert (out / "rejects.csv").read_text().splitlines()[1].startswith("4,")
     again = json.loads(runner.invoke(app, [*command, "--invalid", "skip"]).stdout)
     assert (again["embedded_now"], again["resumed"]) == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--seq-col", "protien"], "in.csv: has no column 'protien'; it has 'id', 'protein'; did you mean 'protein'?"),
+        ([], "in.csv: has no column of sequences"),
+        (["--wt", "gone.fasta"], "gone.fasta: cannot be opened"),
+    ],
+)
+def test_tables_that_cannot_be_embedded(tmp_path: Path, options: list[str], message: str) -> None:
+    path = tmp_path / "in.csv"
+    path.write_text("id,protein\na,MKT\n")
+    result = runner.invoke(app, ["embed", str(path), "--out", str(tmp_path / "out"), *options])
+    assert (result.exit_code, message in result.stderr) == (1, True), result.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_embed_a_layer(tmp_path: Path, fasta: Path, model: str) -> None:

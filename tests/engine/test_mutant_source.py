@@ -222,4 +222,6 @@ def test_a_store_of_mutants(tmp_path: Path, wt: Path) -> None:
     # Another protein of the same name is another run.
     wt.write_text(f">blat\n{WILD_TYPE}W\n")
     with pytest.raises(InputError, match="wild_type_fingerprint"):
-        embed_library(MutantSource(path, wt, invalid="skip"), tmp_path / "out", embedder, LibraryOptions(invalid="skip"))
+        embed_library(
+            MutantSource(path, wt, invalid="skip"), tmp_path / "out", embedder, LibraryOptions(invalid="skip")
+        )

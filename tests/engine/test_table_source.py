@@ -97,9 +97,7 @@ def test_only_columns_that_are_asked_for_are_read(tmp_path: Path, monkeypatch: p
         ("sequence", {}, (None, "sequence")),
     ],
 )
-def test_which_columns(
-    tmp_path: Path, header: str, options: dict[str, str], columns: tuple[str | None, str]
-) -> None:
+def test_which_columns(tmp_path: Path, header: str, options: dict[str, str], columns: tuple[str | None, str]) -> None:
     names = header.split(",")
     path = _csv(tmp_path, f"{header}\n{','.join('ACDEF'[: len(names)])}\n")
     source = TableSource(path, **options)
