@@ -107,7 +107,7 @@ def _write_h5(embeddings: Embeddings, path: Path) -> None:
 def _write_pt(embeddings: Embeddings, folder: Path) -> Path:
     import torch
 
-    layer = embeddings.run["settings"]["layers"]
+    layer = embeddings.run["settings"].get("layer", embeddings.run["settings"]["layers"])
     key = {"mean": "mean_representations", "bos": "bos_representations", "residue": "representations"}.get(
         embeddings.run["settings"]["pool"], "max_representations"
     )

@@ -26,8 +26,9 @@ from .embedder import Embedder
 from .embedder_plan import EmbedderPlan
 from .errors import InputError
 from .fasta import InvalidPolicy, Record
+from .library_source import open_source
 from .library_survey import Survey, record_work, survey_library
-from .record_source import FastaSource, RecordSource, check_rereadable, locate_error
+from .record_source import RecordSource, check_rereadable, locate_error
 from .shard_job import STORAGE_DTYPES, RecordFault, ShardJob, cut_jobs, embed_job
 from .shard_worker import WorkerPlan
 from .shard_workers import ShardWorkers
@@ -173,7 +174,7 @@ def embed_library(
     """Embeds a library into the folder `out`, going on where an earlier run of the same settings stopped.
 
     Args:
-        source: a FASTA file, plain or .gz, or whatever else proteins are read from.
+        source: a file, see `open_source`, or whatever else proteins are read from.
         out: the store; made if it is not there.
         embedder: model, pooling, batch size and what becomes of long proteins; several workers need it as a plan.
         options: what else decides the bytes, and how many processes work.
@@ -187,7 +188,7 @@ def embed_library(
     options = options or LibraryOptions()
     progress = progress or Silent()
     if isinstance(source, Path):
-        source = FastaSource(source, options.invalid)
+        source = open_source(source, invalid=options.invalid)
     check_rereadable(source.path)
     plan = embedder if isinstance(embedder, EmbedderPlan) else None
     workers = options.workers_on(plan)
@@ -229,6 +230,8 @@ def _settings(source: RecordSource, embedder: Embedder, options: LibraryOptions,
         "model": largest.name,
         "model_fingerprint": largest.fingerprint,
         "layers": largest.config.layers,
+        # Absent for the last one, as in stores that were written before others could be chosen.
+        **({} if embedder.layer is None else {"layer": embedder.layer}),
         **_chain_settings(embedder),
         **_exported_settings(embedder),
         "width": embedder.dims[-1],
