@@ -25,6 +25,7 @@ from .errors import InputError
 from .export_command import export, print_facts
 from .generate_command import generate
 from .score_command import score
+from .search_command import search
 
 _ENTRY_POINTS = "protnest.commands"
 _FAILED = 1
@@ -397,6 +398,7 @@ def _print_fits(
 app.command()(score)
 app.command()(generate)
 app.command()(export)
+app.command()(search)
 
 
 def main() -> None:

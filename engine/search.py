@@ -1,0 +1,282 @@
+"""Nearest neighbours among a store's proteins: a coarse pass over short keys, re-ranked at full width.
+
+With u a row over its norm (metric "cosine"; the row itself for "dot"), m the mean of all u and q a query likewise,
+
+    q . u = (q - m) . (u - m)  +  m . (u - m)  +  q . m
+
+The last term is the query's alone and ranks nothing. The second is one number a row. The first is a product of centred
+rows, of which the prefix tells nearly all, and a few principal axes A of the prefix nearly all of that:
+
+    key of a row    [A^T (u - m)[:P] | m . (u - m)]        key of a query    [A^T (q - m)[:P] | 1]
+
+P is the smallest of the nested widths, for a store without a chain the whole row. So the coarse pass multiplies keys of
+some 16 numbers instead of rows of hundreds, over all rows: there is no graph that must be built, nor a neighbour that
+a walk through one can miss. The best few dozen by keys are read at full width and ranked by their true similarity.
+
+Shapes: Q queries, N rows, D their width, P of the prefix, K numbers of a key, C candidates, k neighbours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from .atomic import write_atomically
+from .embeddings import Embeddings
+from .errors import InputError
+from .mapped_rows import MappedRows, map_tensor
+from .row_scan import Floats, Numbers, top_rows
+from .schema_version import check_schema_version
+from .store import Shard
+
+SCHEMA_VERSION = 1
+METRICS = ("cosine", "dot")
+
+EXPLAINED = 0.995
+"""Of the prefix's variance, what the axes of a key keep. Of nano's prefix 23 axes of 128 do."""
+
+_KEY_MULTIPLE = 8
+_ROWS_AT_ONCE = 8192
+_QUERIES_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Hits:
+    """Neighbours of Q queries, the most similar first; of equally similar rows the first in the store comes first.
+
+    Attributes:
+        rows_Qk: int64, numbers of the rows in the store.
+        similarities_Qk: float32.
+    """
+
+    rows_Qk: Numbers
+    similarities_Qk: Floats
+
+    def first(self, queries: int) -> Hits:
+        """Those of the first so many queries."""
+        return Hits(self.rows_Qk[:queries], self.similarities_Qk[:queries])
+
+
+@dataclass(frozen=True, eq=False)
+class Keys:
+    """What the coarse pass compares.
+
+    Attributes:
+        mean_D: m.
+        axes_PA: A, orthonormal columns.
+        rows_NK: the rows' keys, K = A + 1; may be mapped from a file.
+    """
+
+    mean_D: Floats
+    axes_PA: Floats
+    rows_NK: Floats
+
+    def of_queries(self, queries_QD: Floats) -> Floats:
+        """The queries' keys, (Q, K)."""
+        prefix = len(self.axes_PA)
+        along = (queries_QD[:, :prefix] - self.mean_D[:prefix]) @ self.axes_PA
+        return np.concatenate([along, np.ones((len(along), 1), np.float32)], axis=1)
+
+
+class Searcher:
+    """Finds rows of a store.
+
+    Args:
+        embeddings: a finished store of one row a protein.
+        folder: where it lies.
+        dims: compare so many of a row's first dimensions: one of the store's nested widths; by default all.
+        metric: "cosine", or "dot" for the scalar product.
+
+    Attributes:
+        keys: of `build` or `load`, else None.
+        prefix: P.
+
+    Raises:
+        InputError: the store holds residues or nothing, `dims` is none of its widths, or `metric` is unknown.
+    """
+
+    def __init__(
+        self, embeddings: Embeddings, folder: Path, *, dims: int | None = None, metric: str = "cosine"
+    ) -> None:
+        settings = embeddings.run["settings"]
+        widths: list[int] = settings.get("dims", [settings["width"]])
+        self.dims = widths[-1] if dims is None else dims
+        if metric not in METRICS:
+            message = f"metric is {metric!r}; allowed: {', '.join(METRICS)}"
+            raise InputError(message)
+        if embeddings.offsets is not None:
+            message = "holds a row for each residue (--pool residue); a search takes a store of one row a protein"
+            raise InputError(message, file=folder)
+        if self.dims not in widths:
+            message = f"dims is {self.dims}, but rows are nested at {', '.join(map(str, widths))}"
+            raise InputError(message, file=folder)
+        if not len(embeddings):
+            message = "holds no proteins"
+            raise InputError(message, file=folder)
+        self.metric = metric
+        self.prefix = min(widths[0], self.dims)
+        self.keys: Keys | None = None
+        self._array = embeddings.array
+        self._folder = folder
+        self._fingerprint = _fingerprint(embeddings.run)
+        self._mapped = MappedRows([folder / Shard(**shard).file for shard in embeddings.run["shards"]])
+
+    def __len__(self) -> int:
+        return len(self._array)
+
+    @property
+    def path(self) -> Path:
+        """Where `save` puts the keys."""
+        return self._folder / f"search-{self.metric}-{self.dims}.safetensors"
+
+    def build(self) -> None:
+        """Makes the keys, in two passes over the store, shard after shard."""
+        mean_D, scatter_PP = self._moments()
+        axes_PA = _leading_axes(scatter_PP)
+        keys_NK = np.empty((len(self), axes_PA.shape[1] + 1), dtype=np.float32)
+        for first, block_ND in self._blocks():
+            centred_ND = block_ND - mean_D
+            into = keys_NK[first : first + len(block_ND)]
+            into[:, :-1] = centred_ND[:, : self.prefix] @ axes_PA
+            into[:, -1] = centred_ND @ mean_D
+        self.keys = Keys(mean_D, axes_PA, keys_NK)
+
+    def save(self) -> Path:
+        """Writes the keys beside the store, whole or not at all, for `load` to find."""
+        assert self.keys is not None
+        tensors = {"mean": self.keys.mean_D, "axes": self.keys.axes_PA, "keys": self.keys.rows_NK}
+        metadata = {"schema_version": str(SCHEMA_VERSION), "store": self._fingerprint}
+        contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+        write_atomically(self.path, lambda temporary: save_file(contiguous, temporary, metadata=metadata))
+        return self.path
+
+    def load(self) -> bool:
+        """Maps the keys that `save` wrote; False where there are none, or where the store is no longer theirs.
+
+        Raises:
+            InputError: the file is damaged, or of a schema version that this release does not know.
+        """
+        if not self.path.exists():
+            return False
+        try:
+            with safe_open(self.path, framework="np") as file:
+                metadata: dict[str, str] = file.metadata() or {}
+                check_schema_version(metadata.get("schema_version"), str(SCHEMA_VERSION), file=self.path)
+                if metadata.get("store") != self._fingerprint:
+                    return False
+                mean_D, axes_PA = file.get_tensor("mean"), file.get_tensor("axes")
+        except (SafetensorError, OSError) as error:
+            message = f"not a readable index ({error}); delete it, and it is made again"
+            raise InputError(message, file=self.path) from error
+        self.keys = Keys(mean_D, axes_PA, map_tensor(self.path, "keys"))
+        return True
+
+    def search(self, queries_QD: npt.NDArray[Any], k: int, *, candidates: int | None = None) -> Hits:
+        """The k nearest rows of each query: by keys, then re-ranked.
+
+        Args:
+            queries_QD: embedded as the store was; D of the store, or `dims`.
+            k: neighbours.
+            candidates: how many rows of each query are re-ranked; by default as `default_candidates` says.
+
+        Raises:
+            InputError: k is not between 1 and the store's rows.
+        """
+        self.check_k(k)
+        if self.keys is None:
+            self.build()
+        assert self.keys is not None
+        queries_QD = self._unit(queries_QD)
+        few = min(len(self), max(k, default_candidates(k) if candidates is None else candidates))
+        rows_NK = self.keys.rows_NK
+        spans = ((first, rows_NK[first : first + _ROWS_AT_ONCE]) for first in range(0, len(rows_NK), _ROWS_AT_ONCE))
+        top = top_rows(((first, np.asarray(block)) for first, block in spans), self.keys.of_queries(queries_QD), few)
+        return self._rank(top.rows_Qk, queries_QD, k)
+
+    def search_exactly(self, queries_QD: npt.NDArray[Any], k: int) -> Hits:
+        """The k nearest rows of each query, by comparing all of every row: one pass over the store.
+
+        Raises:
+            InputError: k is not between 1 and the store's rows.
+        """
+        self.check_k(k)
+        queries_QD = self._unit(queries_QD)
+        # A few more, since products of blocks differ from those that rank in the last bits.
+        top = top_rows(self._blocks(), queries_QD, min(len(self), k + 8))
+        return self._rank(top.rows_Qk, queries_QD, k)
+
+    def check_k(self, k: int) -> None:
+        """Raises InputError unless the store has k rows."""
+        if not 1 <= k <= len(self):
+            message = f"k is {k}, but the store holds {len(self)} proteins"
+            raise InputError(message, file=self._folder)
+
+    def _blocks(self) -> Iterator[tuple[int, Floats]]:
+        for first in range(0, len(self), _ROWS_AT_ONCE):
+            yield first, self._unit(self._array[first : first + _ROWS_AT_ONCE])
+
+    def _unit(self, rows_ND: npt.NDArray[Any]) -> Floats:
+        """Cut to `dims`, in fp32, and for cosines on their norm; a row of zeros stays one."""
+        cut: Floats = np.ascontiguousarray(rows_ND[:, : self.dims], dtype=np.float32)
+        if self.metric == "dot":
+            return cut
+        norm_N = np.sqrt(np.einsum("nd,nd->n", cut, cut))
+        return cut / np.where(norm_N > 0, norm_N, np.float32(1))[:, None]
+
+    def _moments(self) -> tuple[Floats, npt.NDArray[np.float64]]:
+        """Mean of all unit rows, (D,), and the centred scatter of their prefixes, (P, P), of which fp64 keeps sums."""
+        sum_D = np.zeros(self.dims)
+        square_PP = np.zeros((self.prefix, self.prefix))
+        for _, block_ND in self._blocks():
+            sum_D += block_ND.sum(axis=0, dtype=np.float64)
+            square_PP += block_ND[:, : self.prefix].T @ block_ND[:, : self.prefix]
+        mean_D = sum_D / len(self)
+        mean_P = mean_D[: self.prefix]
+        return mean_D.astype(np.float32), square_PP / len(self) - np.outer(mean_P, mean_P)
+
+    def _rank(self, rows_QC: Numbers, queries_QD: Floats, k: int) -> Hits:
+        similarity_QC = np.empty(rows_QC.shape, dtype=np.float32)
+        for begin in range(0, len(rows_QC), _QUERIES_AT_ONCE):
+            rows = rows_QC[begin : begin + _QUERIES_AT_ONCE]
+            found = self._unit(self._mapped.take(rows.ravel(), self.dims)).reshape(*rows.shape, self.dims)
+            queries = queries_QD[begin : begin + _QUERIES_AT_ONCE]
+            np.einsum("qcd,qd->qc", found, queries, out=similarity_QC[begin : begin + len(rows)])
+        if self.metric == "cosine":
+            np.clip(similarity_QC, -1, 1, out=similarity_QC)
+        order = np.lexsort((rows_QC, -similarity_QC), axis=1)[:, :k]
+        return Hits(np.take_along_axis(rows_QC, order, axis=1), np.take_along_axis(similarity_QC, order, axis=1))
+
+
+def default_candidates(k: int) -> int:
+    """How many rows are re-ranked for k neighbours."""
+    return max(64, 4 * k)
+
+
+def recall(found: Hits, exact: Hits, *, tolerance: float = 1e-6) -> float:
+    """Share of `found` that is as similar as the k-th of `exact`, whichever of equally similar rows was taken."""
+    least_Q1 = exact.similarities_Qk[:, -1:] - tolerance
+    return float((found.similarities_Qk >= least_Q1).mean())
+
+
+def _leading_axes(scatter_PP: npt.NDArray[np.float64]) -> Floats:
+    """The fewest principal axes that keep `EXPLAINED` of the variance and fill keys to a multiple of 8 with the bias."""
+    variance_P, axes_PP = np.linalg.eigh(scatter_PP)
+    kept_P = np.cumsum(variance_P[::-1].clip(min=0))
+    wanted = 1 + int(np.searchsorted(kept_P, EXPLAINED * kept_P[-1]))
+    padded = -(-(wanted + 1) // _KEY_MULTIPLE) * _KEY_MULTIPLE - 1
+    return np.ascontiguousarray(axes_PP[:, ::-1][:, :padded], dtype=np.float32)
+
+
+def _fingerprint(run: dict[str, Any]) -> str:
+    """Hash of what decides a store's rows."""
+    facts = json.dumps([run["settings"], run["shards"]], sort_keys=True)
+    return hashlib.blake2b(facts.encode(), digest_size=16).hexdigest()
