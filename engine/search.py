@@ -46,7 +46,7 @@ EXPLAINED = 0.995
 
 _KEY_MULTIPLE = 8
 _ROWS_AT_ONCE = 8192
-_QUERIES_AT_ONCE = 64
+_QUERIES_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -199,8 +199,10 @@ class Searcher:
         few = min(len(self), max(k, default_candidates(k) if candidates is None else candidates))
         rows_NK = self.keys.rows_NK
         spans = ((first, rows_NK[first : first + _ROWS_AT_ONCE]) for first in range(0, len(rows_NK), _ROWS_AT_ONCE))
-        top = top_rows(((first, np.asarray(block)) for first, block in spans), self.keys.of_queries(queries_QD), few)
-        return self._rank(top.rows_Qk, queries_QD, k)
+        rows_QC, _ = top_rows(
+            ((first, np.asarray(block)) for first, block in spans), self.keys.of_queries(queries_QD), few
+        )
+        return self._rank(rows_QC, queries_QD, k)
 
     def search_exactly(self, queries_QD: npt.NDArray[Any], k: int) -> Hits:
         """The k nearest rows of each query, by comparing all of every row: one pass over the store.
@@ -211,8 +213,8 @@ class Searcher:
         self.check_k(k)
         queries_QD = self._unit(queries_QD)
         # A few more, since products of blocks differ from those that rank in the last bits.
-        top = top_rows(self._blocks(), queries_QD, min(len(self), k + 8))
-        return self._rank(top.rows_Qk, queries_QD, k)
+        rows_QC, _ = top_rows(self._blocks(), queries_QD, min(len(self), k + 8))
+        return self._rank(rows_QC, queries_QD, k)
 
     def check_k(self, k: int) -> None:
         """Raises InputError unless the store has k rows."""
@@ -229,8 +231,7 @@ class Searcher:
         cut: Floats = np.ascontiguousarray(rows_ND[:, : self.dims], dtype=np.float32)
         if self.metric == "dot":
             return cut
-        norm_N = np.sqrt(np.einsum("nd,nd->n", cut, cut))
-        return cut / np.where(norm_N > 0, norm_N, np.float32(1))[:, None]
+        return cut / _norms(np.einsum("nd,nd->n", cut, cut))[:, None]
 
     def _moments(self) -> tuple[Floats, npt.NDArray[np.float64]]:
         """Mean of all unit rows, (D,), and the centred scatter of their prefixes, (P, P), of which fp64 keeps sums."""
@@ -247,9 +248,11 @@ class Searcher:
         similarity_QC = np.empty(rows_QC.shape, dtype=np.float32)
         for begin in range(0, len(rows_QC), _QUERIES_AT_ONCE):
             rows = rows_QC[begin : begin + _QUERIES_AT_ONCE]
-            found = self._unit(self._mapped.take(rows.ravel(), self.dims)).reshape(*rows.shape, self.dims)
-            queries = queries_QD[begin : begin + _QUERIES_AT_ONCE]
-            np.einsum("qcd,qd->qc", found, queries, out=similarity_QC[begin : begin + len(rows)])
+            found = self._mapped.take(rows.ravel(), self.dims).reshape(*rows.shape, self.dims)
+            similarity = np.einsum("qcd,qd->qc", found, queries_QD[begin : begin + _QUERIES_AT_ONCE])
+            if self.metric == "cosine":
+                similarity /= _norms(np.einsum("qcd,qcd->qc", found, found))
+            similarity_QC[begin : begin + len(rows)] = similarity
         if self.metric == "cosine":
             np.clip(similarity_QC, -1, 1, out=similarity_QC)
         order = np.lexsort((rows_QC, -similarity_QC), axis=1)[:, :k]
@@ -258,7 +261,7 @@ class Searcher:
 
 def default_candidates(k: int) -> int:
     """How many rows are re-ranked for k neighbours."""
-    return max(64, 4 * k)
+    return max(32, 3 * k)
 
 
 def recall(found: Hits, exact: Hits, *, tolerance: float = 1e-6) -> float:
@@ -267,8 +270,14 @@ def recall(found: Hits, exact: Hits, *, tolerance: float = 1e-6) -> float:
     return float((found.similarities_Qk >= least_Q1).mean())
 
 
+def _norms(squares: Floats) -> Floats:
+    """Their roots, and 1 for a row of zeros, which so stays one."""
+    norms: Floats = np.sqrt(squares)
+    return np.where(norms > 0, norms, np.float32(1))
+
+
 def _leading_axes(scatter_PP: npt.NDArray[np.float64]) -> Floats:
-    """The fewest principal axes that keep `EXPLAINED` of the variance and fill keys to a multiple of 8 with the bias."""
+    """The fewest principal axes that keep `EXPLAINED` of the variance, and as many as make keys a multiple of 8."""
     variance_P, axes_PP = np.linalg.eigh(scatter_PP)
     kept_P = np.cumsum(variance_P[::-1].clip(min=0))
     wanted = 1 + int(np.searchsorted(kept_P, EXPLAINED * kept_P[-1]))

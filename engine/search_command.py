@@ -51,7 +51,7 @@ def search(
     ] = "auto",
     candidates: Annotated[
         int | None,
-        typer.Option(help="nested: re-rank so many rows of each query.", min=1, show_default="64, or 4 k"),
+        typer.Option(help="nested: re-rank so many rows of each query.", min=1, show_default="32, or 3 k"),
     ] = None,
     keep_index: Annotated[
         bool, typer.Option("--keep-index", help="nested: keep the index in DIR, for later searches.")
