@@ -30,11 +30,11 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from ..kernels.top_rows import Floats, Numbers, top_rows
 from .atomic import write_atomically
 from .embeddings import Embeddings
 from .errors import InputError
 from .mapped_rows import MappedRows, map_tensor
-from .row_scan import Floats, Numbers, top_rows
 from .schema_version import check_schema_version
 from .store import Shard
 
