@@ -10,8 +10,8 @@ rows, of which the prefix tells nearly all, and a few principal axes A of the pr
     key of a row    [A^T (u - m)[:P] | m . (u - m)]        key of a query    [A^T (q - m)[:P] | 1]
 
 P is the smallest of the nested widths, for a store without a chain the whole row. So the coarse pass multiplies keys of
-some 16 numbers instead of rows of hundreds, over all rows: there is no graph that must be built, nor a neighbour that
-a walk through one can miss. The best few dozen by keys are read at full width and ranked by their true similarity.
+24 numbers, where rows of nano have 256, over all rows: there is no graph that must be built, nor a neighbour that a
+walk through one can miss. The best few dozen by keys are read at full width and ranked by their true similarity.
 
 Shapes: Q queries, N rows, D their width, P of the prefix, K numbers of a key, C candidates, k neighbours.
 """

@@ -5,12 +5,12 @@
 Rows come in blocks, so memory holds one block, k results a query and, in the reference, the products of some of both.
 
 Implementations:
-    reference  a matrix product of some rows and some queries at a time, then a partial sort of it with the best so far.
+    reference  a matrix product of some rows and some queries at a time, of which what is above the k-th best so far is
+               merged. What `auto` runs for rows of more than 128 numbers, where a library's product is faster.
     cpu        csrc/top_rows.cpp: products stay in registers and are compared there with the k-th best so far. It pays
-               most where rows are short (K of some dozens): there writing products down, let alone sorting them, costs
-               more than making them.
+               where rows are short (K of some dozens): there writing products down costs as much as making them.
 
-fp32; sums are in any order, so the two differ in the last bits, and where scores are that near in the choice of rows.
+On the CPU, in fp32. Sums are in any order: the two differ in the last bits, and between scores that near in the choice.
 
 Shapes: Q queries, N rows of a block, K numbers of each, k wanted.
 """
@@ -29,24 +29,41 @@ from .extension import select
 Floats = npt.NDArray[np.float32]
 Numbers = npt.NDArray[np.int64]
 
-_ROWS_AT_ONCE = 4096
-_QUERIES_AT_ONCE = 64
+_ROWS_AT_ONCE = 1024
+_QUERIES_AT_ONCE = 512
+_WIDEST = 128
 
 
 def _reference(rows_NK: Floats, first: int, queries_QK: Floats, scores_Qk: Floats, numbers_Qk: Numbers) -> None:
     """Brings a block of rows, `first` and following, into the best so far."""
-    k = scores_Qk.shape[1]
     for begin in range(0, len(rows_NK), _ROWS_AT_ONCE):
-        rows = rows_NK[begin : begin + _ROWS_AT_ONCE]
-        numbers = np.arange(first + begin, first + begin + len(rows))
+        rows = torch.from_numpy(rows_NK[begin : begin + _ROWS_AT_ONCE])
         for start in range(0, len(queries_QK), _QUERIES_AT_ONCE):
             these = slice(start, start + _QUERIES_AT_ONCE)
-            products = (torch.from_numpy(queries_QK[these]) @ torch.from_numpy(rows).T).numpy()
-            scores = np.concatenate([scores_Qk[these], products], axis=1)
-            places = np.concatenate([numbers_Qk[these], np.broadcast_to(numbers, products.shape)], axis=1)
-            best = np.argpartition(scores, scores.shape[1] - k, axis=1)[:, -k:]
-            scores_Qk[these] = np.take_along_axis(scores, best, axis=1)
-            numbers_Qk[these] = np.take_along_axis(places, best, axis=1)
+            products_QN = (torch.from_numpy(queries_QK[these]) @ rows.T).numpy()
+            _merge(products_QN, first + begin, scores_Qk[these], numbers_Qk[these])
+
+
+def _merge(products_QN: Floats, first: int, scores_Qk: Floats, numbers_Qk: Numbers) -> None:
+    """Only what is above the k-th best so far is looked at: after the first rows little is."""
+    width, k = products_QN.shape[1], scores_Qk.shape[1]
+    above = np.flatnonzero(products_QN > scores_Qk.min(axis=1)[:, None])
+    if not above.size:
+        return
+    query_H, column_H = divmod(above, width)
+    # One line for each query that has hits, filled from the left.
+    touched, begin, counts = np.unique(query_H, return_index=True, return_counts=True)
+    line_H = np.repeat(np.arange(touched.size), counts)
+    slot_H = np.arange(query_H.size) - begin[line_H]
+    fresh = np.full((touched.size, int(counts.max())), -np.inf, dtype=np.float32)
+    places = np.full(fresh.shape, -1, dtype=np.int64)
+    fresh[line_H, slot_H] = products_QN[query_H, column_H]
+    places[line_H, slot_H] = column_H + first
+    scores = np.concatenate([scores_Qk[touched], fresh], axis=1)
+    numbers = np.concatenate([numbers_Qk[touched], places], axis=1)
+    best = np.argpartition(scores, scores.shape[1] - k, axis=1)[:, -k:]
+    scores_Qk[touched] = np.take_along_axis(scores, best, axis=1)
+    numbers_Qk[touched] = np.take_along_axis(numbers, best, axis=1)
 
 
 def top_rows(
@@ -72,6 +89,8 @@ def top_rows(
         message = f"k must be positive, got {k}"
         raise ValueError(message)
     extension = select("top_rows", impl)
+    if impl == "auto" and queries_QK.shape[-1] > _WIDEST:
+        extension = None
     _check("queries", queries_QK, queries_QK.shape[-1])
     queries_QK = np.ascontiguousarray(queries_QK)
     numbers_Qk = np.full((len(queries_QK), k), -1, dtype=np.int64)
