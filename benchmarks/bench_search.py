@@ -1,4 +1,4 @@
-"""Searching a store: short keys of the nested prefix, re-ranked, beside brute force at full width, in interleaved pairs.
+"""Searching a store: short keys of the nested prefix, re-ranked, beside brute force at full width, in pairs.
 
     python benchmarks/bench_search.py STORE QUERIES --pairs 7
 
@@ -75,7 +75,7 @@ def run_search(store: Path, queries: Path, *, k: int = 10, pairs: int = 7) -> li
         "queries": len(queries_QD),
         "k": k,
         "width": searcher.dims,
-        "prefix": searcher.prefix,
+        "prefix": searcher.keys.prefix,
         "key": searcher.keys.rows_NK.shape[1],
         "candidates": default_candidates(k),
         "recall": share,

@@ -9,9 +9,10 @@ rows, of which the prefix tells nearly all, and a few principal axes A of the pr
 
     key of a row    [A^T (u - m)[:P] | m . (u - m)]        key of a query    [A^T (q - m)[:P] | 1]
 
-P is the smallest of the nested widths, for a store without a chain the whole row. So the coarse pass multiplies keys of
-24 numbers, where rows of nano have 256, over all rows: there is no graph that must be built, nor a neighbour that a
-walk through one can miss. The best few dozen by keys are read at full width and ranked by their true similarity.
+P is the smallest of the nested widths whose columns hold 95 % of the variance, for a store without a chain the whole
+row. So the coarse pass multiplies keys of 24 numbers, where rows of nano have 256, over all rows: there is no graph that
+must be built, nor a neighbour that a walk through one can miss. The best few dozen by keys are read at full width and
+ranked by their true similarity.
 
 Shapes: Q queries, N rows, D their width, P of the prefix, K numbers of a key, C candidates, k neighbours.
 """
@@ -44,7 +45,12 @@ METRICS = ("cosine", "dot")
 EXPLAINED = 0.995
 """Of the prefix's variance, what the axes of a key keep. Of nano's prefix 23 axes of 128 do."""
 
+HELD = 0.95
+"""Of a row's variance, what its prefix holds: a chain whose larger models add more than the rest has a wider one."""
+
 _KEY_MULTIPLE = 8
+# Mean and axes are those of so many rows at most, spread over the store: any would be right, and some are as good.
+_SAMPLED_BLOCKS = 4
 _ROWS_AT_ONCE = 8192
 _QUERIES_AT_ONCE = 256
 
@@ -80,10 +86,14 @@ class Keys:
     axes_PA: Floats
     rows_NK: Floats
 
+    @property
+    def prefix(self) -> int:
+        """P."""
+        return len(self.axes_PA)
+
     def of_queries(self, queries_QD: Floats) -> Floats:
         """The queries' keys, (Q, K)."""
-        prefix = len(self.axes_PA)
-        along = (queries_QD[:, :prefix] - self.mean_D[:prefix]) @ self.axes_PA
+        along = (queries_QD[:, : self.prefix] - self.mean_D[: self.prefix]) @ self.axes_PA
         return np.concatenate([along, np.ones((len(along), 1), np.float32)], axis=1)
 
 
@@ -98,7 +108,6 @@ class Searcher:
 
     Attributes:
         keys: of `build` or `load`, else None.
-        prefix: P.
 
     Raises:
         InputError: the store holds residues or nothing, `dims` is none of its widths, or `metric` is unknown.
@@ -123,7 +132,7 @@ class Searcher:
             message = "holds no proteins"
             raise InputError(message, file=folder)
         self.metric = metric
-        self.prefix = min(widths[0], self.dims)
+        self._widths = [width for width in widths if width <= self.dims]
         self.keys: Keys | None = None
         self._array = embeddings.array
         self._folder = folder
@@ -139,14 +148,16 @@ class Searcher:
         return self._folder / f"search-{self.metric}-{self.dims}.safetensors"
 
     def build(self) -> None:
-        """Makes the keys, in two passes over the store, shard after shard."""
-        mean_D, scatter_PP = self._moments()
-        axes_PA = _leading_axes(scatter_PP)
+        """Makes the keys: mean and axes of a sample of rows, then one pass over the store."""
+        mean_D, scatter_DD = self._moments()
+        held_D = np.cumsum(np.diag(scatter_DD))
+        prefix = next(width for width in self._widths if held_D[width - 1] >= HELD * held_D[-1])
+        axes_PA = _leading_axes(scatter_DD[:prefix, :prefix])
         keys_NK = np.empty((len(self), axes_PA.shape[1] + 1), dtype=np.float32)
         for first, block_ND in self._blocks():
             centred_ND = block_ND - mean_D
             into = keys_NK[first : first + len(block_ND)]
-            into[:, :-1] = centred_ND[:, : self.prefix] @ axes_PA
+            into[:, :-1] = centred_ND[:, :prefix] @ axes_PA
             into[:, -1] = centred_ND @ mean_D
         self.keys = Keys(mean_D, axes_PA, keys_NK)
 
@@ -234,15 +245,22 @@ class Searcher:
         return cut / _norms(np.einsum("nd,nd->n", cut, cut))[:, None]
 
     def _moments(self) -> tuple[Floats, npt.NDArray[np.float64]]:
-        """Mean of all unit rows, (D,), and the centred scatter of their prefixes, (P, P), of which fp64 keeps sums."""
-        sum_D = np.zeros(self.dims)
-        square_PP = np.zeros((self.prefix, self.prefix))
-        for _, block_ND in self._blocks():
+        """Mean, (D,), and centred scatter, (D, D), of unit rows; blocks are added up in fp64."""
+        firsts = range(0, len(self), _ROWS_AT_ONCE)
+        some = firsts[:: -(-len(firsts) // _SAMPLED_BLOCKS)]
+        sum_D, square_DD, count = np.zeros(self.dims), np.zeros((self.dims, self.dims)), 0
+        shift_D: Floats | None = None
+        for first in some:
+            block_ND = self._unit(self._array[first : first + _ROWS_AT_ONCE])
+            # Products of rows that are nearly alike would lose their differences in fp32.
+            shift_D = block_ND.mean(axis=0) if shift_D is None else shift_D
+            block_ND = block_ND - shift_D
             sum_D += block_ND.sum(axis=0, dtype=np.float64)
-            square_PP += block_ND[:, : self.prefix].T @ block_ND[:, : self.prefix]
-        mean_D = sum_D / len(self)
-        mean_P = mean_D[: self.prefix]
-        return mean_D.astype(np.float32), square_PP / len(self) - np.outer(mean_P, mean_P)
+            square_DD += block_ND.T @ block_ND
+            count += len(block_ND)
+        assert shift_D is not None
+        mean_D = sum_D / count
+        return (mean_D + shift_D).astype(np.float32), square_DD / count - np.outer(mean_D, mean_D)
 
     def _rank(self, rows_QC: Numbers, queries_QD: Floats, k: int) -> Hits:
         similarity_QC = np.empty(rows_QC.shape, dtype=np.float32)

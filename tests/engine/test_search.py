@@ -63,8 +63,7 @@ def _brute_force(home: Path, width: int, metric: str) -> np.ndarray:
 def test_hits_are_those_of_brute_force(home: Path, metric: str, dims: int | None, exactly: bool) -> None:
     searcher = _searcher(home, dims=dims, metric=metric)
     queries = np.asarray(read_embeddings(home / "queries").array)
-    # Random models are no real ones: their prefix tells less of the row, so more candidates are re-ranked.
-    hits = searcher.search_exactly(queries, 5) if exactly else searcher.search(queries, 5, candidates=120)
+    hits = searcher.search_exactly(queries, 5) if exactly else searcher.search(queries, 5, candidates=60)
     expected = _brute_force(home, dims or 40, metric)
     order = np.argsort(-expected, axis=1, kind="stable")[:, :5]
     assert np.array_equal(hits.rows_Qk, order)
@@ -72,23 +71,30 @@ def test_hits_are_those_of_brute_force(home: Path, metric: str, dims: int | None
     np.testing.assert_allclose(hits.similarities_Qk, best, rtol=1e-5, atol=1e-6)
 
 
-def test_keys_are_short_and_of_the_prefix(home: Path) -> None:
+def test_keys_are_of_the_prefix_that_holds_enough(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of random models the larger add most of the variance: the whole row is taken; asked for little, the prefix is."""
+    prefixes = []
+    for held in (0.95, 0.01):
+        monkeypatch.setattr("protnest.engine.search.HELD", held)
+        searcher = _searcher(home)
+        searcher.build()
+        assert searcher.keys is not None
+        assert searcher.keys.rows_NK.shape == (ROWS, searcher.keys.axes_PA.shape[1] + 1)
+        axes = searcher.keys.axes_PA.astype(np.float64)
+        np.testing.assert_allclose(axes.T @ axes, np.eye(axes.shape[1]), atol=1e-5)
+        prefixes.append(searcher.keys.prefix)
+    assert prefixes == [40, 16]
+
+
+def test_keys_with_all_axes_rank_as_whole_rows(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("protnest.engine.search.EXPLAINED", 1.0)
     searcher = _searcher(home)
     searcher.build()
     assert searcher.keys is not None
-    assert searcher.prefix == 16
-    assert searcher.keys.rows_NK.shape[0] == ROWS
-    axes = searcher.keys.axes_PA.astype(np.float64)
-    np.testing.assert_allclose(axes.T @ axes, np.eye(axes.shape[1]), atol=1e-5)
-    # With all axes of a row that is its own prefix, keys lose nothing but what is the query's alone.
-    whole = _searcher(home, dims=16)
-    whole.build()
-    assert whole.keys is not None
-    if whole.keys.axes_PA.shape[1] == 16:
-        queries = whole._unit(np.asarray(read_embeddings(home / "queries").array))
-        by_keys = whole.keys.of_queries(queries) @ whole.keys.rows_NK.T
-        difference = by_keys - _brute_force(home, 16, "cosine")
-        np.testing.assert_allclose(difference - difference[:, :1], 0, atol=1e-5)
+    queries = searcher._unit(np.asarray(read_embeddings(home / "queries").array))
+    difference = searcher.keys.of_queries(queries) @ searcher.keys.rows_NK.T - _brute_force(home, 40, "cosine")
+    # They differ by what is the query's alone.
+    np.testing.assert_allclose(difference - difference[:, :1], 0, atol=1e-5)
 
 
 def test_kept_index_is_used_until_the_store_changes(home: Path) -> None:
@@ -160,7 +166,7 @@ def _given(home: Path) -> list[str]:
 
 @pytest.mark.parametrize("mode", ["nested", "exact"])
 def test_the_command_finds_by_sequence_as_by_row(home: Path, tmp_path: Path, mode: str) -> None:
-    words = ["-k", "3", "--mode", mode, "--candidates", "120", "--check", "5", "--json"]
+    words = ["-k", "3", "--mode", mode, "--candidates", "60", "--check", "5", "--json"]
     code, stdout, output = _run(home, *_given(home), *words, "--out", str(tmp_path / "a.tsv"))
     assert code == 0, output
     report = json.loads(stdout)
