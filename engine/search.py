@@ -10,7 +10,7 @@ rows, of which the prefix tells nearly all, and a few principal axes A of the pr
     key of a row    [A^T (u - m)[:P] | m . (u - m)]        key of a query    [A^T (q - m)[:P] | 1]
 
 P is the smallest of the nested widths whose columns hold 95 % of the variance, for a store without a chain the whole
-row. So the coarse pass multiplies keys of 24 numbers, where rows of nano have 256, over all rows: there is no graph that
+row. So the coarse pass multiplies keys of 24 numbers, where nano's rows have 256, over all rows: there is no graph that
 must be built, nor a neighbour that a walk through one can miss. The best few dozen by keys are read at full width and
 ranked by their true similarity.
 
