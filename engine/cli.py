@@ -26,6 +26,7 @@ from .errors import InputError
 from .export_command import export, print_facts
 from .generate_command import generate
 from .score_command import score
+from .search_command import search
 
 _ENTRY_POINTS = "protnest.commands"
 _FAILED = 1
@@ -232,6 +233,7 @@ app.command()(embed)
 app.command()(score)
 app.command()(generate)
 app.command()(export)
+app.command()(search)
 
 
 def main() -> None:
