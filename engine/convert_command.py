@@ -28,10 +28,17 @@ def convert(
     from . import formats
     from .embeddings import read_embeddings
     from .progress import counting
+    from .store import is_own
 
     formats.check_format(to)
     embeddings = read_embeddings(folder)
     path = out or formats.default_path(folder, to)
+    if is_own(path.name) and path.parent.resolve() == folder.resolve():
+        message = "is the store's own file: choose another --out"
+        raise InputError(message, file=path)
+    if path.is_dir() and to != "pt":
+        message = "is a folder: --out names the file"
+        raise InputError(message, file=path)
     beside = [formats.offsets_path(path)] if to == "npy" and embeddings.offsets is not None else []
     if taken := [each for each in (path, *beside) if each.exists() and not overwrite]:
         message = "is there already: choose another --out or --overwrite"

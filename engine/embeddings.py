@@ -179,15 +179,14 @@ class Embeddings:
             message = "holds one embedding a residue, and AnnData takes one a protein: embed with --pool mean"
             raise InputError(message, file=self.folder)
         import anndata
+        from anndata.utils import make_index_unique
 
         columns = self._read_index("id", "header", "length", "flags")
         frame = columns.to_pandas()
-        frame.index = frame["id"].astype(str).rename(None)
+        frame.index = make_index_unique(frame.set_index("id").index.rename(None))
         settings = {name: value for name, value in self.run["settings"].items() if value is not None}
         about = {"schema_version": self.run["schema_version"], "settings": settings}
-        made = anndata.AnnData(X=np.asarray(self.array), obs=frame, uns={"protnest": about})
-        made.obs_names_make_unique()
-        return made
+        return anndata.AnnData(X=np.asarray(self.array), obs=frame, uns={"protnest": about})
 
 
 def check_anndata() -> None:

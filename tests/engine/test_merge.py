@@ -73,11 +73,8 @@ def test_the_merged_store_is_the_undivided_one(
     followed: list[tuple[int, int]] = []
     folders = jobs.folders(pool)
     before = [_contents(folder) for folder in folders]
-    merged = merge_stores(
-        [folders[2], folders[0], folders[1]],
-        tmp_path / "out",
-        follow=lambda done, total: followed.append((done, total)),
-    )
+    mixed = [folders[2], folders[0], folders[1]]
+    merged = merge_stores(mixed, tmp_path / "out", follow=lambda done, total: followed.append((done, total)))
     assert (merged.jobs, merged.shards, merged.rows, merged.resumed, merged.duplicates) == (3, 8, 29, 0, 5)
     whole = _contents(jobs.root / pool / "whole")
     assert _contents(tmp_path / "out") == whole
@@ -153,9 +150,7 @@ def test_missing_jobs_are_named(tmp_path: Path, jobs: _Jobs) -> None:
 def test_what_does_not_go_together_is_refused(tmp_path: Path, jobs: _Jobs) -> None:
     first, second, third = jobs.folders()
     other = jobs.folders("residue")[1]
-    with pytest.raises(
-        InputError, match=r"residue/job2: is not of the same run as .*\(pool: mean there, residue now\)"
-    ):
+    with pytest.raises(InputError, match=r"residue/job2: is not of the same run .*\(pool: mean there, residue now"):
         merge_stores([first, other, third], tmp_path / "out")
     with pytest.raises(InputError, match=r"whole: is not of the same run .*\(shard: 3 there, 1 now\)"):
         merge_stores([first, jobs.root / "mean" / "whole"], tmp_path / "out")
@@ -187,7 +182,7 @@ def _flip(path: Path) -> None:
         (lambda job: _change_run(job, lambda run: run.update(schema_version=1)), "schema version 1, without checksums"),
         (
             lambda job: _change_run(job, lambda run: run["shards"].pop(1)),
-            "job2: says that it is complete, but lacks shard 4",
+            "job2: says .* complete, but lacks shard 4",
         ),
         (lambda job: (job / "rejects.csv").write_text("record,id,reason\n"), "the jobs' rejects.csv differ"),
         (lambda job: _flip(job / "index.parquet"), r"index\.parquet: is damaged"),
