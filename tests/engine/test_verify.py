@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +19,7 @@ from protnest.engine import Embedder, InputError, embed_library, load_model
 from protnest.engine.cli import app
 from protnest.engine.library import LibraryOptions
 from protnest.engine.run_folder import lock_folder
-from protnest.engine.store import checksum
+from protnest.engine.store import StoreWriter, checksum, discard
 from protnest.engine.verify import Verdict, verify_store
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
@@ -150,6 +151,32 @@ def test_what_is_discarded_is_made_again_bit_for_bit(tmp_path: Path, stores: _St
     assert embedded == sum(rows[number] for number in expected)
     assert _contents(folder) == whole
     assert verify_store(folder).is_whole
+
+
+def test_a_run_mends_what_it_sees_by_itself(tmp_path: Path, stores: _Stores) -> None:
+    """A shard of the wrong size, and then an index that it would have to trust."""
+    folder = stores.copy("mean", tmp_path / "store")
+    whole = _contents(folder)
+    DAMAGES["truncated"][0](folder)
+    DAMAGES["index"][0](folder)
+    assert stores.embed(folder, "mean") == 4
+    assert _contents(folder) == whole
+
+
+def test_discarding_that_is_killed_leaves_an_unfinished_run(tmp_path: Path, stores: _Stores) -> None:
+    folder = stores.copy("mean", tmp_path / "store")
+    whole = _contents(folder)
+    DAMAGES["a bit"][0](folder)
+
+    def fail(path: Path, missing_ok: bool = False) -> None:
+        raise KeyboardInterrupt
+
+    with mock.patch.object(Path, "unlink", fail), pytest.raises(KeyboardInterrupt):
+        verify_store(folder, remove=True)
+    verdict = verify_store(folder)
+    assert (verdict.complete, verdict.shards, verdict.damages) == (False, 4, [])
+    assert stores.embed(folder, "mean") == 4
+    assert _contents(folder) == whole
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -395,7 +422,14 @@ def test_stores_of_version_1_are_checked_without_checksums(tmp_path: Path) -> No
     archive = Path(__file__).resolve().parent.parent / "archives" / "store-v1-residue"
     folder = tmp_path / "store"
     shutil.copytree(archive, folder)
+    settings = json.loads((folder / "run.json").read_text())["settings"]
+    with StoreWriter(folder, settings, details={}) as store:
+        assert store.complete
     (folder / "part-00001.safetensors").write_bytes(b"short")
+    with pytest.raises(InputError, match="schema version: 1 there, 2 now"), StoreWriter(folder, settings, details={}):
+        pass
+    with pytest.raises(InputError, match="schema version 1, with which no run goes on"):
+        discard(folder, {1}, index=False)
     before = _contents(folder)
     verdict = verify_store(folder, remove=True)
     assert _problems(verdict) == ["part-00001.safetensors: has 5 bytes, 4,064 were written"]
