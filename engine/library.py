@@ -8,6 +8,7 @@ depends on the file and the settings alone, so a resumed run repeats an interrup
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import tempfile
@@ -29,11 +30,11 @@ from .fasta import InvalidPolicy, Record
 from .library_source import open_source
 from .library_survey import Survey, record_work, survey_library
 from .record_source import RecordSource, check_rereadable, locate_error
-from .shard_job import STORAGE_DTYPES, RecordFault, ShardJob, cut_jobs, embed_job
+from .shard_job import RecordFault, ShardJob, cut_jobs, embed_job
 from .shard_worker import WorkerPlan
 from .shard_workers import ShardWorkers
 from .stages import Arrays, StageTimes, run_stages
-from .store import Shard, StoreWriter, write_shard
+from .store import STORAGE_DTYPES, Shard, StoreWriter, index_table, write_shard
 
 # A shard is what a crash can cost, and what is held in memory at once.
 SHARD_RECORDS = 2048
@@ -368,6 +369,7 @@ class _Run:
         ):
             if job.number in self._store.shards:
                 done += sum(record_work(record, self._embedder) for record in job.fresh)
+                self._store.restore_index(job.number, functools.partial(index_table, job.entries))
                 continue
             if not started:
                 # A job that embeds every N-th shard has about an N-th of the work.
