@@ -223,7 +223,7 @@ def embed(
         "residues_per_s": round(result.residues / seconds, 1) if result.residues else None,
         "embedding_s": round(seconds, 3),
         "seconds": {name: round(seconds, 3) for name, seconds in vars(result.times).items()},
-        "idle_share": round(result.times.idle_share, 4) if result.residues else None,
+        "idle_share": None if result.idle_share is None else round(result.idle_share, 4),
         "total_s": round(time.perf_counter() - started, 3),
         "peak_memory_bytes": peak_memory_bytes(),
     }

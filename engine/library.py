@@ -134,6 +134,7 @@ class LibraryResult:
         times: where the time went; of several workers, added up.
         restarts: workers that died and were replaced.
         workers: processes that worked.
+        wall_s: seconds from the first record read to the merged index.
         settings: of the run, resolved.
     """
 
@@ -146,7 +147,13 @@ class LibraryResult:
     times: StageTimes = field(default_factory=StageTimes)
     restarts: int = 0
     workers: int = 1
+    wall_s: float = 0.0
     settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def idle_share(self) -> float | None:
+        """Share of the workers' time in which no model ran; None where there was nothing to do."""
+        return 1 - self.times.model / (self.workers * self.wall_s) if self.residues else None
 
     @property
     def models(self) -> list[str]:
@@ -185,6 +192,7 @@ def embed_library(
     check_rereadable(source.path)
     plan = embedder if isinstance(embedder, EmbedderPlan) else None
     workers = options.workers_on(plan)
+    began = time.perf_counter()
     if isinstance(embedder, EmbedderPlan):
         embedder = embedder.make()
     started = time.perf_counter()
@@ -213,7 +221,7 @@ def embed_library(
             started = time.perf_counter()
             duplicates = store.finish()
             run.times.finishing = time.perf_counter() - started
-            return replace(run.result(), duplicates=duplicates)
+            return replace(run.result(), duplicates=duplicates, wall_s=time.perf_counter() - began)
 
 
 def _settings(source: RecordSource, embedder: Embedder, options: LibraryOptions, survey: Survey) -> dict[str, Any]:
@@ -313,7 +321,9 @@ class _Run:
             self._finish(job, write_shard(self._store.folder, job.number, job.entries, arrays))
 
         try:
-            self.times = run_stages(self._jobs(), self._embed, write)
+            self.times = run_stages(
+                self._jobs(), self._embed, write, writes_behind=self._embedder.device.type == "cuda"
+            )
         except RecordFault as error:
             raise locate_error(self._source, error.record, error.problem) from error
 

@@ -21,7 +21,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,7 +29,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from .atomic import write_atomically
@@ -126,12 +126,29 @@ def write_shard(
         },
         schema=INDEX_SCHEMA,
     )
-    rows = len(arrays["offsets"]) - 1 if "offsets" in arrays else len(arrays["embeddings"])
-    shard = Shard(number, rows, 0, len(entries))
+    shard = Shard(number, 0, 0)
     index_path, path = folder / shard.index_file, folder / shard.file
     write_atomically(index_path, lambda temporary: pq.write_table(table, temporary))
     write_atomically(path, lambda temporary: _save(arrays, temporary))
-    return replace(shard, size_bytes=path.stat().st_size, sha256=checksum(path), index_sha256=checksum(index_path))
+    return _describe(folder, number)
+
+
+def _describe(folder: Path, number: int) -> Shard:
+    """What run.json says of a shard whose files are written."""
+    shard = Shard(number, 0, 0)
+    path, index_path = folder / shard.file, folder / shard.index_file
+    with safe_open(path, framework="numpy") as file:
+        rows = file.get_slice("embeddings").get_shape()[0]
+        if "offsets" in file.keys():
+            rows = file.get_slice("offsets").get_shape()[0] - 1
+    return Shard(
+        number,
+        rows,
+        path.stat().st_size,
+        pq.read_metadata(index_path).num_rows,
+        checksum(path),
+        checksum(index_path),
+    )
 
 
 def _save(arrays: dict[str, npt.NDArray[Any]], path: Path) -> None:
@@ -202,6 +219,8 @@ class StoreWriter:
                 self.shards = {shard.number: shard for shard in found if self._is_whole(shard)}
                 self.complete = self.complete and len(self.shards) == len(run["shards"])
                 self._tidy()
+                if not self.complete:
+                    self._adopt(listed={shard["number"] for shard in run["shards"]})
                 return
             if not self.overwrite:
                 message = f"holds a run with other settings ({'; '.join(changed)}); choose another --out or --overwrite"
@@ -223,6 +242,18 @@ class StoreWriter:
             leftovers += [self.folder / shard.index_file for shard in self.shards.values()]
         for path in leftovers:
             path.unlink(missing_ok=True)
+
+    def _adopt(self, listed: set[int]) -> None:
+        """Lists shards that were written whole, by a run that was killed before it listed them.
+
+        Those that it did list and that are not as listed are damaged, and are written again.
+        """
+        for index_path in sorted(self.folder.glob("part-*.parquet")):
+            number = int(index_path.stem.removeprefix("part-"))
+            if number in listed or not (self.folder / Shard(number, 0, 0).file).exists():
+                continue
+            with contextlib.suppress(OSError, pa.ArrowInvalid, SafetensorError):
+                self.shards[number] = _describe(self.folder, number)
 
     def _clear(self) -> None:
         # run.json goes first: a folder that is half cleared must not look like a run.
