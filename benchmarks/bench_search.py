@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -85,9 +86,7 @@ def run_search(store: Path, queries: Path, *, k: int = 10, pairs: int = 7) -> li
     directions_QD = unit(queries_QD)
     rows = []
     for name, brute in brute_forces(unit(np.asarray(embeddings.array)), k).items():
-        one, other, ratios = paired_ratios(
-            lambda: searcher.search(queries_QD, k), lambda brute=brute: brute(directions_QD), pairs
-        )
+        one, other, ratios = paired_ratios(lambda: searcher.search(queries_QD, k), partial(brute, directions_QD), pairs)
         low, high = median_interval(ratios)
         ours_ms, brute_ms = (1e3 * float(np.median(times)) / len(queries_QD) for times in (one, other))
         rows.append(

@@ -35,9 +35,8 @@ from ..kernels.top_rows import Floats, Numbers, top_rows
 from .atomic import write_atomically
 from .embeddings import Embeddings
 from .errors import InputError
-from .mapped_rows import MappedRows, map_tensor
 from .schema_version import check_schema_version
-from .store import Shard
+from .shard_file import read_tensors
 
 SCHEMA_VERSION = 1
 METRICS = ("cosine", "dot")
@@ -137,7 +136,6 @@ class Searcher:
         self._array = embeddings.array
         self._folder = folder
         self._fingerprint = _fingerprint(embeddings.run)
-        self._mapped = MappedRows([folder / Shard(**shard).file for shard in embeddings.run["shards"]])
 
     def __len__(self) -> int:
         return len(self._array)
@@ -188,7 +186,7 @@ class Searcher:
         except (SafetensorError, OSError) as error:
             message = f"not a readable index ({error}); delete it, and it is made again"
             raise InputError(message, file=self.path) from error
-        self.keys = Keys(mean_D, axes_PA, map_tensor(self.path, "keys"))
+        self.keys = Keys(mean_D, axes_PA, read_tensors(self.path)["keys"].view())
         return True
 
     def search(self, queries_QD: npt.NDArray[Any], k: int, *, candidates: int | None = None) -> Hits:
@@ -266,7 +264,7 @@ class Searcher:
         similarity_QC = np.empty(rows_QC.shape, dtype=np.float32)
         for begin in range(0, len(rows_QC), _QUERIES_AT_ONCE):
             rows = rows_QC[begin : begin + _QUERIES_AT_ONCE]
-            found = self._mapped.take(rows.ravel(), self.dims).reshape(*rows.shape, self.dims)
+            found = self._array[rows][:, :, : self.dims].astype(np.float32, copy=False)
             similarity = np.einsum("qcd,qd->qc", found, queries_QD[begin : begin + _QUERIES_AT_ONCE])
             if self.metric == "cosine":
                 similarity /= _norms(np.einsum("qcd,qcd->qc", found, found))

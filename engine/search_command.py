@@ -20,7 +20,7 @@ from .errors import InputError
 
 if TYPE_CHECKING:
     from .search import Hits, Searcher
-    from .search_queries import FastaQueries, StoreQueries
+    from .search_queries import LibraryQueries, StoreQueries
 
 COLUMNS = ("query", "rank", "hit", "similarity", "row")
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
@@ -122,16 +122,18 @@ def search(
 
 def _open_queries(
     query: Path, settings: dict[str, Any], folder: Path, given: dict[str, Any], invalid: Any, progress: Any
-) -> FastaQueries | StoreQueries:
+) -> LibraryQueries | StoreQueries:
     from .embeddings import read_embeddings
-    from .search_queries import FastaQueries, StoreQueries, open_embedder
+    from .library_source import open_source
+    from .search_queries import LibraryQueries, StoreQueries, open_embedder
 
     if query.is_dir():
         return StoreQueries(read_embeddings(query), query, settings)
     if not query.exists():
-        message = "no such file: queries are a FASTA file, or a folder that `protnest embed` wrote"
+        message = "no such file: queries are a file of proteins, or a folder that `protnest embed` wrote"
         raise InputError(message, file=query)
-    return FastaQueries(query, open_embedder(settings, folder, **given), invalid=invalid, progress=progress)
+    source = open_source(query, invalid=invalid)
+    return LibraryQueries(source, open_embedder(settings, folder, **given), progress=progress)
 
 
 @dataclass
@@ -166,7 +168,9 @@ class _Run:
                     self.searcher.save()
         self.index_s = time.perf_counter() - began
 
-    def rows(self, queries: FastaQueries | StoreQueries, ids: list[str]) -> Iterator[tuple[str, int, str, float, int]]:
+    def rows(
+        self, queries: LibraryQueries | StoreQueries, ids: list[str]
+    ) -> Iterator[tuple[str, int, str, float, int]]:
         """The table's rows, batch after batch."""
         for names, vectors in queries.batches():
             began = time.perf_counter()

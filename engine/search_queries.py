@@ -1,4 +1,4 @@
-"""What is looked for in a store: proteins of a FASTA file, embedded as the store's were, or another store's rows."""
+"""What is looked for in a store: proteins of a file, embedded as the store's were, or another store's rows."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from .chain import Chain
@@ -16,11 +15,12 @@ from .embeddings import Embeddings
 from .errors import InputError
 from .exported_encoder import ExportedEncoder
 from .family import Family
-from .fasta import InvalidPolicy, locate_records, read_fasta
-from .library import Progress, Silent, cut_shards, survey_library
+from .library import Progress, Silent
+from .library_survey import survey_library
 from .models import load_any_encoder
-from .retry import DoesNotFit
+from .record_source import RecordSource, check_rereadable, locate_error
 from .run_folder import differences
+from .shard_job import RecordFault, cut_jobs, embed_job
 
 _RECORDS_AT_ONCE = 2048
 _RESIDUES_AT_ONCE = 1 << 20
@@ -80,6 +80,7 @@ def open_embedder(
         dims=settings["width"],
         pool=settings["pool"],
         long=settings["long"],
+        layer=settings.get("layer"),
         max_tokens=settings["max_tokens"],
     )
 
@@ -106,19 +107,18 @@ def _open_chain(settings: dict[str, Any], folder: Path, chain: Path | None) -> C
 
 def check_alike(theirs: dict[str, Any], ours: dict[str, Any], folder: Path) -> None:
     """Raises InputError unless the rows of the store in `folder`, of settings `ours`, compare with rows of `theirs`."""
-    keys = ("model_fingerprint", "chain_fingerprint", "pool", "width")
+    keys = ("model_fingerprint", "chain_fingerprint", "layer", "pool", "width")
     if other := differences({key: theirs.get(key) for key in keys}, {key: ours.get(key) for key in keys}):
         message = f"holds other embeddings than the store that is searched ({'; '.join(other)})"
         raise InputError(message, file=folder)
 
 
-class FastaQueries:
-    """Proteins of a FASTA file.
+class LibraryQueries:
+    """Proteins of a file.
 
     Args:
-        fasta: plain or .gz; read twice: every record is checked before anything runs.
+        source: read twice: every record is checked before anything runs.
         embedder: of `open_embedder`.
-        invalid: what becomes of letters outside the alphabet.
         progress: follows the embedding.
 
     Attributes:
@@ -129,36 +129,31 @@ class FastaQueries:
         InputError: the file cannot be read, holds no protein, or one that cannot be embedded.
     """
 
-    def __init__(
-        self, fasta: Path, embedder: Embedder, *, invalid: InvalidPolicy = "error", progress: Progress | None = None
-    ) -> None:
-        if fasta.exists() and not fasta.is_file():
-            message = "is no file: queries are a FASTA file, or a folder that `protnest embed` wrote"
-            raise InputError(message, file=fasta)
-        survey = survey_library(fasta, embedder, invalid=invalid)
-        if not survey.records:
-            message = f"no sequence to look for: all {survey.rejected} records were left out"
-            raise InputError(message, file=fasta)
-        self.count, self.rejected = survey.records, survey.rejected
-        self._work = survey.work
-        self._fasta, self._embedder, self._invalid = fasta, embedder, invalid
+    def __init__(self, source: RecordSource, embedder: Embedder, *, progress: Progress | None = None) -> None:
+        check_rereadable(source.path)
+        self._survey = survey_library(source, embedder)
+        if not self._survey.records:
+            message = f"no sequence to look for: all {self._survey.rejected} records were left out"
+            raise InputError(message, file=source.path)
+        self.count, self.rejected = self._survey.records, self._survey.rejected
+        self._source, self._embedder = source, embedder
         self._progress = progress or Silent()
 
     def batches(self) -> Iterator[Batch]:
         """In the file's order, embedded as they are asked for."""
-        self._progress.start(self.count, self._work, 0)
-        records = read_fasta(self._fasta, invalid=self._invalid, quiet=True)
-        for part in cut_shards(records, max_records=_RECORDS_AT_ONCE, max_residues=_RESIDUES_AT_ONCE):
-            sequences = [record.sequence for record in part]
+        self._progress.start(self.count, self._survey.work, 0)
+        for job in cut_jobs(
+            self._source,
+            self._survey,
+            flags=lambda record: record.flags,
+            max_records=_RECORDS_AT_ONCE,
+            max_residues=_RESIDUES_AT_ONCE,
+        ):
             try:
-                rows = self._embedder.embed_clean(sequences, after_batch=self._progress.advance)
-            except DoesNotFit as error:
-                record = part[error.row]
-                line = locate_records(self._fasta, [record.index]).get(record.index)
-                where = {"file": self._fasta, "line": line, "record": record.index + 1, "record_id": record.id}
-                raise InputError(error.reason, **where) from error
-            assert isinstance(rows, np.ndarray)
-            yield [record.id for record in part], rows
+                arrays = embed_job(job, self._embedder, storage_dtype="fp32", after_batch=self._progress.advance)
+            except RecordFault as error:
+                raise locate_error(self._source, error.record, error.problem) from error
+            yield [record.id for record in job.fresh], arrays["embeddings"]
 
 
 class StoreQueries:
@@ -170,7 +165,7 @@ class StoreQueries:
         settings: of the store that is searched.
 
     Attributes:
-        count, rejected: as of `FastaQueries`.
+        count, rejected: as of `LibraryQueries`.
 
     Raises:
         InputError: its rows do not compare with those of the store that is searched.

@@ -13,7 +13,6 @@ from protnest.engine.chain import Chain
 from protnest.engine.checkpoint import save_checkpoint
 from protnest.engine.cli import app
 from protnest.engine.library import LibraryOptions
-from protnest.engine.mapped_rows import MappedRows, map_tensor
 from protnest.engine.search import Hits, Searcher, recall
 from typer.testing import CliRunner
 
@@ -128,6 +127,22 @@ def test_what_a_search_refuses(home: Path, tmp_path: Path) -> None:
         _searcher(home).search(np.ones((1, 40), np.float32), 301)
 
 
+@pytest.mark.parametrize("exactly", [True, False])
+def test_equal_sequences_that_share_a_row_are_all_found(home: Path, tmp_path: Path, exactly: bool) -> None:
+    proteins = random_proteins(30, longest=20)
+    proteins[20] = proteins[4]
+    fasta = write_fasta(tmp_path / "in.fasta", proteins)
+    models = [load_model(home / name, device="cpu", precision="fp32") for name in MODELS]
+    embedder = Embedder(models, chain=Chain.load(home / "own.chain"))
+    embed_library(fasta, tmp_path / "out", embedder, LibraryOptions(shard_records=8, dedup=True))
+    stored = read_embeddings(tmp_path / "out")
+    searcher = Searcher(stored, tmp_path / "out")
+    query = stored.array[[4, 25]]
+    hits = searcher.search_exactly(query, 2) if exactly else searcher.search(query, 2, candidates=30)
+    assert hits.rows_Qk[0].tolist() == [4, 20]
+    assert hits.rows_Qk[1, 0] == 25
+
+
 def test_rows_of_zeros_have_no_direction(home: Path) -> None:
     hits = _searcher(home).search(np.zeros((1, 40), np.float32), 3)
     assert np.array_equal(hits.similarities_Qk, [[0, 0, 0]])
@@ -137,22 +152,6 @@ def test_recall_lets_ties_count() -> None:
     exact = Hits(np.array([[1, 2], [3, 4]]), np.array([[0.9, 0.8], [0.7, 0.6]], np.float32))
     assert recall(Hits(np.array([[1, 9], [3, 4]]), np.array([[0.9, 0.8], [0.7, 0.6]], np.float32)), exact) == 1
     assert recall(Hits(np.array([[1, 9], [3, 4]]), np.array([[0.9, 0.7], [0.7, 0.6]], np.float32)), exact) == 0.75
-
-
-def test_mapped_rows(home: Path, tmp_path: Path) -> None:
-    mapped = MappedRows(sorted((home / "store").glob("part-*.safetensors")))
-    whole = np.asarray(read_embeddings(home / "store").array)
-    rows = np.array([299, 0, 40, 39, 40, 120])
-    assert len(mapped) == ROWS
-    assert np.array_equal(mapped.take(rows, 24), whole[rows, :24])
-    file = tmp_path / "a.safetensors"
-    file.write_bytes((home / "store" / "part-00000.safetensors").read_bytes()[:-8])
-    with pytest.raises(InputError, match="is shorter than its header says"):
-        map_tensor(file, "embeddings")
-    with pytest.raises(InputError, match="not a readable shard"):
-        map_tensor(file, "offsets")
-    with pytest.raises(InputError, match="not a readable shard"):
-        map_tensor(tmp_path / "none", "embeddings")
 
 
 def _run(home: Path, *words: str, store: str = "store", query: str = "queries.fasta") -> tuple[int, str, str]:
@@ -216,7 +215,7 @@ def test_what_the_command_refuses(home: Path, tmp_path: Path) -> None:
     refused("holds a row for each residue", store="residues")
     refused("dims is 20, but rows are nested at 16, 24, 40", "--dims", "20")
     refused("k is 301", "-k", "301")
-    refused("no such file: queries are a FASTA file", query="none.fasta")
+    refused("no such file: queries are a file of proteins", query="none.fasta")
     refused("with a chain that is not bundled")
     refused("was written with a chain of hash", "--chain", "nano")
     refused("and --model says where that is (no model 'tiny16'", "--chain", str(home / "own.chain"))
