@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,8 +23,19 @@ def _parse_shard(text: str) -> str:
 
 
 def embed(
-    fasta: Annotated[Path, typer.Argument(help="Proteins: FASTA, plain or .gz.", metavar="FASTA")],
-    out: Annotated[Path, typer.Option(help="Folder for the embeddings; an unfinished run in it is resumed.")],
+    fasta: Annotated[
+        str,
+        typer.Argument(
+            help="Proteins: FASTA, plain or .gz; with --engine ray Parquet, too, and URIs.", metavar="FASTA"
+        ),
+    ],
+    out: Annotated[
+        str,
+        typer.Option(
+            help="Folder for the embeddings; an unfinished run in it is resumed. With --engine ray it may be a URI.",
+            metavar="DIRECTORY",
+        ),
+    ],
     model: Annotated[
         str | None,
         typer.Option(
@@ -66,9 +78,18 @@ def embed(
         int | None, typer.Option(help="Most tokens in a batch.", min=1, show_default="4096 on a CPU, 65536 on a GPU")
     ] = None,
     output_format: Annotated[
-        Literal["safetensors", "parquet", "h5", "npy", "pt"],
-        typer.Option("--format", help="Beside the safetensors shards, write this format at the end."),
-    ] = "safetensors",
+        Literal["safetensors", "parquet", "h5", "npy", "pt", "lance"] | None,
+        typer.Option(
+            "--format",
+            help="Beside the safetensors shards, write this format at the end. With --engine ray: parquet or lance.",
+            show_default="safetensors; with --engine ray parquet",
+        ),
+    ] = None,
+    engine: Annotated[
+        Literal["native", "ray"], typer.Option(help="native: this machine. ray: a Ray cluster, or a local one.")
+    ] = "native",
+    id_col: Annotated[str, typer.Option(help="Of a Parquet file: its column of ids.")] = "id",
+    seq_col: Annotated[str, typer.Option(help="Of a Parquet file: its column of sequences.")] = "sequence",
     storage_dtype: Annotated[Literal["fp32", "fp16"], typer.Option(help="How embeddings are stored.")] = "fp32",
     shard: Annotated[
         str, typer.Option(help="I/N: of all output shards, embed every N-th from the I-th on.", callback=_parse_shard)
@@ -100,8 +121,10 @@ def embed(
     from .info import peak_memory_bytes, versions
     from .library import LibraryOptions, embed_library
     from .progress import ResidueProgress
+    from .ray_library import embed_on_ray, open_source
 
-    check_format(output_format)
+    if engine == "native":
+        check_format(output_format or "safetensors")
     started = time.perf_counter()
     plan = EmbedderPlan(
         models=() if model is None else tuple(model.split(",")),
@@ -124,10 +147,26 @@ def embed(
         workers=workers,
     )
     with ResidueProgress(Console(stderr=True, soft_wrap=True)) as progress:
-        result = embed_library(
-            fasta, out, plan, options, details={"versions": versions()}, overwrite=overwrite, progress=progress
-        )
-    written = out if output_format == "safetensors" else convert(read_embeddings(out), out, output_format)
+        details = {"versions": versions()}
+        if engine == "ray":
+            result = embed_on_ray(
+                fasta,
+                out,
+                plan,
+                options,
+                output_format=output_format or "parquet",
+                open_source=partial(open_source, id_column=id_col, sequence_column=seq_col, invalid=invalid),
+                details=details,
+                overwrite=overwrite,
+                progress=progress,
+            )
+        else:
+            result = embed_library(
+                Path(fasta), Path(out), plan, options, details=details, overwrite=overwrite, progress=progress
+            )
+    written: str | Path = out
+    if engine == "native" and output_format not in (None, "safetensors"):
+        written = convert(read_embeddings(out), Path(out), output_format)
     seconds = progress.seconds
     report: dict[str, Any] = {
         "out": str(written),

@@ -28,10 +28,11 @@ from pyarrow import fs
 from .block_folder import MISSING_FILE, BlockFolder, find_place
 from .embedder_plan import EmbedderPlan
 from .errors import InputError
-from .fasta import Record
+from .fasta import InvalidPolicy, Record
 from .library import LibraryOptions, LibraryResult, Progress, Silent, most_residues
 from .library_settings import EmbedderFacts, record_flags
 from .library_survey import Survey, survey_library
+from .parquet_source import ParquetSource
 from .ray_actor import BlockEmbedder, block_schema, table_of_job
 from .ray_cluster import Placement, check_ray, find_facts, map_blocks, on_cluster, place_workers
 from .record_source import FastaSource, RecordSource, check_rereadable, locate_error
@@ -87,6 +88,13 @@ def embed_on_ray(
         run = _Run(library, folder, plan, options, placement, progress or Silent())
         about = {"input": {"path": source, "bytes": path.stat().st_size}, **(details or {})}
         return run.run(about, overwrite=overwrite)
+
+
+def open_source(path: Path, *, id_column: str, sequence_column: str, invalid: InvalidPolicy) -> RecordSource:
+    """A Parquet file by its name's ending, else FASTA."""
+    if path.suffix in (".parquet", ".pq"):
+        return ParquetSource(path, id_column, sequence_column, invalid)
+    return FastaSource(path, invalid)
 
 
 class _Run:
