@@ -41,6 +41,8 @@ _DATASET = "embeddings.lance"
 _PART = re.compile(r"part-(\d{5,})\.(parquet|json)")
 _APPEAR_WHOLE = ("s3", "gcs", "abfs")
 """File systems on which a file is there once its stream is closed, and not before."""
+MOST_TRIES = 3
+"""Of one block. Its workers have died each time, so it is the block."""
 _READERS = 16
 """Footers that are read at a time: over a network each takes a round trip."""
 
@@ -174,6 +176,24 @@ class BlockFolder:
                 return Block(number, pq.ParquetFile(file).metadata.num_rows, size)
         except (OSError, ValueError, KeyError, pa.ArrowException):
             return None  # Cut short, which only a disk does that lost what it had flushed.
+
+    @contextlib.contextmanager
+    def trying(self, number: int) -> Iterator[int]:
+        """Leaves a mark while a block is under way: its worker may die, and nobody else would know how often.
+
+        Yields:
+            How many tries have died before.
+        """
+        tries = [self._at(f".part-{number:05d}.try{place}.tmp") for place in range(MOST_TRIES)]
+        found = self._fs.get_file_info(tries)
+        died = sum(info.type != fs.FileType.NotFound for info in found)
+        if died < MOST_TRIES:
+            with self._fs.open_output_stream(tries[died]):
+                pass
+        yield died
+        for path in tries[: min(died + 1, MOST_TRIES)]:
+            with contextlib.suppress(FileNotFoundError):
+                self._fs.delete_file(path)
 
     def write_block(self, number: int, table: pa.Table) -> Block:
         """Writes a block."""

@@ -19,7 +19,7 @@ import pyarrow as pa
 import torch
 
 from .allocator import keep_memory
-from .block_folder import BlockFolder
+from .block_folder import MOST_TRIES, BlockFolder
 from .embedder_plan import EmbedderPlan
 from .errors import InputError
 from .fasta import Record
@@ -153,20 +153,30 @@ class BlockEmbedder:
         }
         # Of a thread, and nobody promises that this one is the one that made the embedder.
         torch.set_num_threads(self._threads)
+        try:
+            with self._folder.trying(job.number) as died:
+                report |= self._embed(job) if died < MOST_TRIES else _give_up(job)
+        except OSError as error:
+            report["problem"] = f"cannot be written to ({error})"
+        return pa.Table.from_pylist([report], schema=REPORT)
+
+    def _embed(self, job: ShardJob) -> dict[str, Any]:
         started = time.perf_counter()
         try:
             arrays = embed_job(job, self._embedder, storage_dtype=self._storage_dtype, after_batch=lambda _: None)
         except RecordFault as error:
             # Told, not raised: an error would come out wrapped in what Ray has to say about it.
-            record = error.record
-            report |= {"problem": error.problem, "fault_position": record.index, "fault_id": record.id}
-            return pa.Table.from_pylist([report], schema=REPORT)
+            return {"problem": error.problem, "fault_position": error.record.index, "fault_id": error.record.id}
         embedded = time.perf_counter()
-        try:
-            block = self._folder.write_block(job.number, block_table(job, arrays, self._schema))
-        except OSError as error:
-            report["problem"] = f"cannot be written to ({error})"
-        else:
-            report |= {"rows": block.rows, "size_bytes": block.size_bytes}
-        report |= {"model_s": embedded - started, "write_s": time.perf_counter() - embedded}
-        return pa.Table.from_pylist([report], schema=REPORT)
+        block = self._folder.write_block(job.number, block_table(job, arrays, self._schema))
+        seconds = {"model_s": embedded - started, "write_s": time.perf_counter() - embedded}
+        return {"rows": block.rows, "size_bytes": block.size_bytes, **seconds}
+
+
+def _give_up(job: ShardJob) -> dict[str, Any]:
+    first, last = job.entries[0].record, job.entries[-1].record
+    problem = (
+        f"{MOST_TRIES} workers died over the records {first.index + 1} ({first.id}) to {last.index + 1} ({last.id}): "
+        "too little memory? Fewer --workers or a smaller --max-tokens need less"
+    )
+    return {"problem": problem, "fault_position": first.index, "fault_id": first.id}

@@ -24,8 +24,6 @@ from .library_settings import EmbedderFacts
 
 _OBJECT_STORE_BYTES = 256 << 20
 """Of a cluster that is started here. Only records and reports of blocks lie in it, some hundred kB each."""
-_MOST_RETRIES = 3
-"""A block whose workers died so often, and once more, ends the run."""
 
 
 def check_ray() -> None:
@@ -93,6 +91,8 @@ def on_cluster() -> Iterator[list[tuple[int, int]]]:
     """
     # Asks before it imports: where nobody has said otherwise, nothing is told to anyone outside.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Its C++ side writes warnings to standard error about how its Python side calls it.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray
 
     was_there = ray.is_initialized()
@@ -142,7 +142,7 @@ def map_blocks(
 ) -> Iterator[dict[str, Any]]:
     """Reads tables of one row each, on the driver's node and never far ahead, and has workers take one at a time.
 
-    A worker that dies is replaced, and what it had is done again. Rows come in whatever order they are done.
+    A worker that dies is replaced, and what it had is done again, as often as it takes. Rows come in whatever order they are done.
 
     Args:
         read: gives the tables, the same ones each time.
@@ -151,7 +151,7 @@ def map_blocks(
         placement: of the workers.
 
     Raises:
-        InputError: the reader or a worker's making raised it, or workers die again and again.
+        InputError: the reader or a worker's making raised it, or Ray gave up.
     """
     import ray
     import ray.data
@@ -171,8 +171,6 @@ def map_blocks(
             fn_constructor_kwargs=arguments,
             # One in work, one waiting: so a worker never waits for the driver.
             compute=ray.data.ActorPoolStrategy(size=placement.workers, max_tasks_in_flight_per_actor=2),
-            max_restarts=-1,
-            max_task_retries=_MOST_RETRIES,
             **placement.remote,
         )
         yield from reports.iter_rows()
@@ -213,9 +211,6 @@ def _told() -> Iterator[None]:
             if type(cause) is InputError:
                 raise cause from None
             cause = getattr(cause, "cause", None) or cause.__cause__
-        reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
-        message = (
-            f"Ray gave up ({type(error).__name__}: {reason.strip()[:200]}); a block is tried {_MOST_RETRIES + 1} times: "
-            "too little memory? Fewer --workers or a smaller --max-tokens need less. What is finished stays"
-        )
+        reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), "")
+        message = f"Ray gave up ({type(error).__name__}: {reason.strip()[:300]}); what is finished stays"
         raise InputError(message) from error

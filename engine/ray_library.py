@@ -261,8 +261,8 @@ class _Run:
         self._folder.write(MISSING_FILE, text.getvalue().encode())
         message = (
             f"{len(records):,} of {self._survey.records:,} proteins have no embedding "
-            f"({', '.join(record.id for record in records[:3])}{', ...' if len(records) > 3 else ''}; {MISSING_FILE} lists "
-            "all): is it the same folder on every machine? The same command does them again"
+            f"({', '.join(record.id for record in records[:3])}{', ...' if len(records) > 3 else ''}; "
+            f"{MISSING_FILE} lists all): is it the same folder on every machine? The same command does them again"
         )
         raise InputError(message, file=self._folder.place)
 
