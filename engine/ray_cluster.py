@@ -33,6 +33,10 @@ def check_ray() -> None:
         raise InputError(message)
 
 
+_MOST_STARTS = 3
+"""Ray gives a node half a minute to come up, which a busy machine may not."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Placement:
     """What each of several workers has.
@@ -82,6 +86,38 @@ def place_workers(nodes: list[tuple[int, int]], *, device: str, workers: int | N
     raise InputError(message)
 
 
+def start_local(cpus: int) -> str:
+    """Starts a cluster of this machine alone, for this process, and returns its address.
+
+    Raises:
+        InputError: it does not come up.
+    """
+    # Where nobody has said otherwise, nothing is told to anyone outside; and Ray's C++ side does not write warnings
+    # to standard error about how its Python side calls it.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    import ray
+
+    for attempt in range(_MOST_STARTS):
+        try:
+            context = ray.init(
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+            )
+        except Exception as error:
+            ray.shutdown()
+            if attempt == _MOST_STARTS - 1:
+                message = f"Ray does not start on this machine: {error}"
+                raise InputError(message) from error
+        else:
+            return str(context.address_info["gcs_address"])
+    raise AssertionError
+
+
 @contextlib.contextmanager
 def on_cluster() -> Iterator[list[tuple[int, int]]]:
     """Connects to the cluster that RAY_ADDRESS names, or starts one of this machine, which ends with the context.
@@ -89,26 +125,15 @@ def on_cluster() -> Iterator[list[tuple[int, int]]]:
     Yields:
         (processors, GPUs) of each node.
     """
-    # Asks before it imports: where nobody has said otherwise, nothing is told to anyone outside.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Its C++ side writes warnings to standard error about how its Python side calls it.
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray
 
     was_there = ray.is_initialized()
     if not was_there:
         before = signal.getsignal(signal.SIGTERM)
-        quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
         if "RAY_ADDRESS" in os.environ:
-            ray.init(**quiet)
+            ray.init(logging_level=logging.ERROR, log_to_driver=False)
         else:
-            ray.init(
-                address="local",
-                num_cpus=usable_cpus(),
-                include_dashboard=False,
-                object_store_memory=_OBJECT_STORE_BYTES,
-                **quiet,
-            )
+            start_local(usable_cpus())
         if threading.current_thread() is threading.main_thread():
             # What a signal means to the program is not for a library of its to say.
             signal.signal(signal.SIGTERM, before)
@@ -142,7 +167,8 @@ def map_blocks(
 ) -> Iterator[dict[str, Any]]:
     """Reads tables of one row each, on the driver's node and never far ahead, and has workers take one at a time.
 
-    A worker that dies is replaced, and what it had is done again, as often as it takes. Rows come in whatever order they are done.
+    A worker that dies is replaced, and what it had is done again, as often as it takes. Rows come in whatever order
+    they are done.
 
     Args:
         read: gives the tables, the same ones each time.

@@ -22,6 +22,7 @@ from protnest.engine import InputError, embed_library, read_embeddings
 from protnest.engine.embedder_plan import EmbedderPlan
 from protnest.engine.library import LibraryOptions
 from protnest.engine.parquet_source import ParquetSource
+from protnest.engine.ray_cluster import start_local
 from protnest.engine.ray_library import embed_on_ray
 
 from support.tiny import random_proteins, save_tiny_model, write_fasta
@@ -39,11 +40,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> EmbedderPlan:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
     """A cluster of two processors; gives its address."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    context = ray.init(
-        address="local", num_cpus=2, include_dashboard=False, object_store_memory=200 << 20, log_to_driver=False
-    )
-    yield context.address_info["gcs_address"]
+    yield start_local(2)
     ray.shutdown()
 
 
