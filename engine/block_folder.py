@@ -13,6 +13,7 @@ file appears under its name when it is whole, and not before. So a block is done
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -92,6 +93,9 @@ class BlockFolder:
     ) -> None:
         if format not in BLOCK_FORMATS:
             message = f"format is {format!r}; with --engine ray allowed: {', '.join(BLOCK_FORMATS)}"
+            raise InputError(message)
+        if format == "lance" and importlib.util.find_spec("lance") is None:
+            message = "format lance needs pylance: pip install pylance"
             raise InputError(message)
         self.place = place.rstrip("/") or "/"
         self.format = format
