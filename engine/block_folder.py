@@ -255,8 +255,8 @@ class BlockFolder:
     def write(self, name: str, content: bytes | pa.Buffer) -> None:
         """Writes a file that is there as a whole or not at all."""
         if self._is_local:
-            with replacing(Path(self._at(name)), unique=True) as temporary:
-                temporary.write_bytes(content)
+            with replacing(Path(self._at(name)), unique=True) as whole:
+                whole.write_bytes(content)
             return
         path = self._at(name)
         if self._fs.type_name in _APPEAR_WHOLE:
