@@ -417,6 +417,9 @@ def read_run(folder: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         message = f"not a readable run ({error})"
         raise InputError(message, file=path) from error
+    if run.get("engine") == "ray":
+        message = "holds Parquet or Lance files that --engine ray wrote: read them with pyarrow or lance"
+        raise InputError(message, file=folder)
     check_schema_version(version, SCHEMA_VERSION, file=path, earlier=(1,))
     return run
 
