@@ -24,14 +24,15 @@ from .embedder_plan import EmbedderPlan
 from .errors import InputError
 from .fasta import Record
 from .library_settings import EmbedderFacts
-from .shard_job import STORAGE_DTYPES, RecordFault, ShardJob, embed_job
-from .store import Entry
+from .shard_job import RecordFault, ShardJob, embed_job
+from .store import STORAGE_DTYPES, Entry
 
 _TEXTS = pa.list_(pa.string())
 _JOB = pa.schema(
     [
         ("number", pa.int64()),
         ("position", pa.list_(pa.int64())),
+        ("id", _TEXTS),
         ("header", _TEXTS),
         ("sequence", _TEXTS),
         ("flags", _TEXTS),
@@ -61,6 +62,7 @@ def table_of_job(job: ShardJob) -> pa.Table:
     row = {
         "number": job.number,
         "position": [record.index for record in records],
+        "id": [record.id for record in records],
         "header": [record.header for record in records],
         "sequence": [record.sequence for record in records],
         "flags": [",".join(entry.flags) for entry in job.entries],
@@ -72,10 +74,10 @@ def job_of_table(table: pa.Table) -> ShardJob:
     """The shard of a table of one row. Its embeddings are numbered from 0."""
     (row,) = table.to_pylist()
     entries = []
-    columns = zip(row["position"], row["header"], row["sequence"], row["flags"], strict=True)
-    for place, (index, header, sequence, words) in enumerate(columns):
+    columns = zip(*(row[name] for name in ("position", "id", "header", "sequence", "flags")), strict=True)
+    for place, (index, name, header, sequence, words) in enumerate(columns):
         flags = tuple(words.split(",")) if words else ()
-        record = Record(index=index, id=header.split(maxsplit=1)[0], header=header, sequence=sequence, flags=flags)
+        record = Record(index=index, id=name, header=header, sequence=sequence, flags=flags)
         entries.append(Entry(record, place, flags))
     return ShardJob(row["number"], 0, entries)
 

@@ -410,16 +410,17 @@ def read_run(folder: Path) -> dict[str, Any]:
     path = folder / RUN_FILE
     try:
         run: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        version, _ = run["schema_version"], (run["complete"], run["settings"], run["shards"])
+        version = run["schema_version"]
+        if run.get("engine") == "ray":
+            message = "holds Parquet or Lance files that --engine ray wrote: read them with pyarrow or lance"
+            raise InputError(message, file=folder)
+        _ = run["complete"], run["settings"], run["shards"]
     except FileNotFoundError as error:
         message = "no such file: this folder holds no embeddings"
         raise InputError(message, file=path) from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         message = f"not a readable run ({error})"
         raise InputError(message, file=path) from error
-    if run.get("engine") == "ray":
-        message = "holds Parquet or Lance files that --engine ray wrote: read them with pyarrow or lance"
-        raise InputError(message, file=folder)
     check_schema_version(version, SCHEMA_VERSION, file=path, earlier=(1,))
     return run
 

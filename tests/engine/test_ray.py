@@ -186,9 +186,7 @@ def test_parquet_in_and_residues_out(tmp_path: Path, plan: EmbedderPlan, cluster
         )
         return read_blocks(out)
 
-    with pytest.raises(
-        InputError, match=r"in\.parquet, record 30 \(p29 of thirty\): 'J' at residue 2 is not a residue"
-    ):
+    with pytest.raises(InputError, match=r"record 30 \(p29 of thirty\): 'J' at residue 2 is not a residue"):
         run(tmp_path / "out", invalid="error")
     table = run(tmp_path / "out", invalid="skip")
     assert table["id"].to_pylist() == [f"p{row} of thirty" for row in range(29)]
