@@ -161,6 +161,9 @@ def test_a_run_mends_what_it_sees_by_itself(tmp_path: Path, stores: _Stores) -> 
     DAMAGES["index"][0](folder)
     assert stores.embed(folder, "mean") == 4
     assert _contents(folder) == whole
+    (folder / "index.parquet").unlink()
+    assert stores.embed(folder, "mean") == 0
+    assert _contents(folder) == whole
 
 
 def test_discarding_that_is_killed_leaves_an_unfinished_run(tmp_path: Path, stores: _Stores) -> None:
