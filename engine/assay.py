@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 from .alphabet import AMINO_ACIDS
 from .errors import InputError
 from .fasta import InvalidPolicy, clean_sequence, read_fasta
-from .table import Row, Table
+from .table import Row, Table, is_table
 from .variants import SlipError, Variant, find_offset, parse_variant, variant_of_sequence
 
 _ID_COLUMNS = ("target", "DMS_id", "id", "name")
@@ -151,16 +151,12 @@ def read_targets(path: Path, *, invalid: Literal["error", "mask"] = "error") -> 
         InputError: the file cannot be read, holds no protein or an id twice, or a sequence is invalid.
     """
     found: dict[str, Target] = {}
-    for target, line in _table_targets(path, invalid) if _is_table(path) else _fasta_targets(path, invalid):
+    for target, line in _table_targets(path, invalid) if is_table(path) else _fasta_targets(path, invalid):
         if target.id in found:
             message = f"holds the wild type {target.id!r} twice: which one a row means would be a guess"
             raise InputError(message, file=path, line=line)
         found[target.id] = target
     return found
-
-
-def _is_table(path: Path) -> bool:
-    return Path(path.name.lower().removesuffix(".gz")).suffix in (".csv", ".tsv", ".parquet")
 
 
 def _fasta_targets(path: Path, invalid: InvalidPolicy) -> Iterator[tuple[Target, int | None]]:

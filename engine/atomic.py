@@ -38,6 +38,17 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         write(temporary)
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Has an OSError that names no file, such as a full disk's, name this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def _umask() -> int:
     current = os.umask(0)
     os.umask(current)

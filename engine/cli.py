@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -31,9 +32,18 @@ from .verify_command import verify
 
 _ENTRY_POINTS = "protnest.commands"
 _FAILED = 1
-_INTERRUPTED = 130
+_INTERRUPTED = 128 + signal.SIGINT
+_TERMINATED = 128 + signal.SIGTERM
 
 _console = Console(stderr=True, soft_wrap=True)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, by which schedulers and containers ask a process to stop: it stops as for Ctrl-C."""
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise _Terminated
 
 
 class _LazyGroup(TyperGroup):
@@ -72,7 +82,7 @@ class _LazyGroup(TyperGroup):
             _fail(f"out of GPU memory: try a smaller --max-tokens ({str(error).splitlines()[0]})")
         except KeyboardInterrupt as error:
             _console.print("stopped; the same command goes on from what is finished", style="yellow")
-            raise typer.Exit(_INTERRUPTED) from error
+            raise typer.Exit(_TERMINATED if isinstance(error, _Terminated) else _INTERRUPTED) from error
 
 
 def _fail(message: str) -> None:
@@ -232,6 +242,7 @@ app.command()(convert)
 
 def main() -> None:
     """Entry point of the console script."""
+    signal.signal(signal.SIGTERM, _terminate)
     app(prog_name="protnest")
 
 

@@ -21,8 +21,33 @@ def _parse_shard(text: str) -> str:
     return text
 
 
+def _check_usage(
+    library: Path, id_col: str | None, seq_col: str | None, wt: Path | None, target: str | None, offset: int
+) -> None:
+    """What does not go together, before anything is read."""
+    from .table import is_table
+
+    if wt is None and (target is not None or offset):
+        message = "--target and --offset go with --wt"
+        raise typer.BadParameter(message)
+    if wt is not None:
+        if not is_table(library) and Path(library.name.lower().removesuffix(".gz")).suffix != ".txt":
+            message = f"--wt makes proteins of variants: {library.name} is no .csv, .tsv, .parquet or .txt"
+            raise typer.BadParameter(message)
+    elif not is_table(library) and (id_col is not None or seq_col is not None):
+        message = f"--id-col and --seq-col are of tables: {library.name} is no .csv, .tsv or .parquet"
+        raise typer.BadParameter(message)
+
+
 def embed(
-    fasta: Annotated[Path, typer.Argument(help="Proteins: FASTA, plain or .gz.", metavar="FASTA")],
+    library: Annotated[
+        Path,
+        typer.Argument(
+            help="Proteins: FASTA, plain or .gz; or a table: .csv, .tsv (or .gz), .parquet. With --wt a table of "
+            "variants, or a .txt with one a line.",
+            metavar="FILE",
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the embeddings; an unfinished run in it is resumed.")],
     model: Annotated[
         str | None,
@@ -33,6 +58,35 @@ def embed(
             show_default="nano-s; with --chain the names that it was fitted on",
         ),
     ] = None,
+    id_col: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a table: column of ids; with --wt of A24G, A24G:L30V.",
+            show_default="id, name, accession or entry; with --wt mutant",
+        ),
+    ] = None,
+    seq_col: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a table: column of sequences; with --wt of whole mutated ones.",
+            show_default="sequence, seq or protein_sequence; with --wt mutated_sequence",
+        ),
+    ] = None,
+    wt: Annotated[
+        Path | None,
+        typer.Option(
+            help="FILE is a table of variants of this: FASTA, or a table with ids and sequences.", show_default="none"
+        ),
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="With --wt: id of the wild type, where FILE has no column `target`.", show_default="FILE's name"
+        ),
+    ] = None,
+    offset: Annotated[
+        int, typer.Option(help="With --wt: subtracted from residues' numbers: 23 where the first is called 24.")
+    ] = 0,
     chain: Annotated[
         Path | None,
         typer.Option(help="Chain file of `fit-chain`, or `nano`: makes one nested row of several models' embeddings."),
@@ -55,6 +109,13 @@ def embed(
     pool: Annotated[
         Literal["mean", "max", "bos", "residue"], typer.Option(help="One vector a protein, or one a residue.")
     ] = "mean",
+    layer: Annotated[
+        int | None,
+        typer.Option(
+            help="Embeddings of this layer, as fair-esm counts them: 0 is the token embedding, -1 the last layer.",
+            show_default="the last",
+        ),
+    ] = None,
     precision: Annotated[
         Literal["auto", "fp32", "bf16", "fp16", "int8"],
         typer.Option(
@@ -99,8 +160,13 @@ def embed(
     from .formats import check_format, convert
     from .info import peak_memory_bytes, versions
     from .library import LibraryOptions, embed_library
+    from .library_source import open_source
     from .progress import ResidueProgress
 
+    _check_usage(library, id_col, seq_col, wt, target, offset)
+    if chain is not None and layer is not None:
+        message = "--layer with --chain: a chain is fitted on last layers"
+        raise typer.BadParameter(message)
     check_format(output_format)
     started = time.perf_counter()
     plan = EmbedderPlan(
@@ -112,6 +178,7 @@ def embed(
         precision=precision,
         pool=pool,
         long=long,
+        layer=layer,
         max_tokens=max_tokens,
     )
     index, count = map(int, shard.split("/"))
@@ -124,8 +191,17 @@ def embed(
         workers=workers,
     )
     with ResidueProgress(Console(stderr=True, soft_wrap=True)) as progress:
+        source = open_source(
+            library,
+            invalid=invalid,
+            id_column=id_col,
+            sequence_column=seq_col,
+            wild_types=wt,
+            target=target,
+            offset=offset,
+        )
         result = embed_library(
-            fasta, out, plan, options, details={"versions": versions()}, overwrite=overwrite, progress=progress
+            source, out, plan, options, details={"versions": versions()}, overwrite=overwrite, progress=progress
         )
     written = out if output_format == "safetensors" else convert(read_embeddings(out), out, output_format)
     seconds = progress.seconds
@@ -147,7 +223,7 @@ def embed(
         "residues_per_s": round(result.residues / seconds, 1) if result.residues else None,
         "embedding_s": round(seconds, 3),
         "seconds": {name: round(seconds, 3) for name, seconds in vars(result.times).items()},
-        "idle_share": round(result.times.idle_share, 4) if result.residues else None,
+        "idle_share": None if result.idle_share is None else round(result.idle_share, 4),
         "total_s": round(time.perf_counter() - started, 3),
         "peak_memory_bytes": peak_memory_bytes(),
     }

@@ -53,6 +53,9 @@ class Embedder:
             chain `<cls>`, `<eos>` and masks are mapped as residues are.
         long: what becomes of proteins beyond `max_residues`: "window", "full", "truncate" or "error"
             (see `protnest.engine.windows`).
+        layer: whose hidden states become the embedding, as fair-esm's `repr_layers`: 0 is the token embedding, 1 and on
+            the residual stream after that layer, the last, which is the default, what leaves the final LayerNorm;
+            -1 is the last, -2 the one before it. Layers above do not run. A chain and exported files have the last one.
         max_tokens: most tokens in a batch, `<cls>` and `<eos>` counted; a longer protein has a batch of its own.
             By default 4,096 on a CPU and 65,536 on a GPU. A batch that does not fit into a GPU's memory is cut in two.
         cuda_graphs: on a GPU, replay small models' passes over small batches where that is possible and pays. The
@@ -62,10 +65,11 @@ class Embedder:
         dims: widths at which the embedding may be cut and is a smaller model's; the last is its own width.
         members: what is known of each model that runs.
         exported: the exported file, where it is one that runs.
+        layer: whose hidden states these are, counted from 0; None for the last.
 
     Raises:
-        InputError: several models and no chain, models that are not the chain's, `dims` beyond the chain, or an
-            exported file that lacks what is asked for.
+        InputError: several models and no chain, models that are not the chain's, `dims` beyond the chain, an exported
+            file that lacks what is asked for, or a layer that the model has not.
         ValueError: `pool` or `long` is unknown, or `max_tokens` is not positive.
     """
 
@@ -77,6 +81,7 @@ class Embedder:
         dims: int | None = None,
         pool: str = "mean",
         long: str = "window",
+        layer: int | None = None,
         max_tokens: int | None = None,
         cuda_graphs: bool = True,
     ) -> None:
@@ -112,6 +117,25 @@ class Embedder:
         elif dims is not None and dims != self.dims[0]:
             message = f"dims is {dims}, but without a chain the model's whole width is kept, {self.dims[0]}"
             raise InputError(message)
+        self.layer = None if layer is None else self._find_layer(layer)
+
+    def _find_layer(self, layer: int) -> int | None:
+        """The layer counted from 0; None for the last, whose embeddings are those of no layer asked for."""
+        if self.chain is not None:
+            message = f"layer is {layer}, but a chain is fitted on last layers: leave one of the two out"
+            raise InputError(message)
+        if self.exported is not None:
+            message = f"layer is {layer}, but an exported file gives the last one alone: take its checkpoint"
+            raise InputError(message, file=self.exported.path)
+        name, deepest = self.members[0].name, self.members[0].config.layers
+        if not -deepest - 1 <= layer <= deepest:
+            message = (
+                f"layer is {layer}, but {name} has layers 0 (the token embedding) to {deepest}; "
+                f"from the end these are {-deepest - 1} to -1"
+            )
+            raise InputError(message)
+        layer %= deepest + 1
+        return None if layer == deepest else layer
 
     def _nest(self, chain: Chain, dims: int | None) -> None:
         chain.check_models(self.members)
@@ -268,7 +292,8 @@ class Embedder:
         if not self._family.resident:
             return encoder
         if level not in self._graphed:
-            self._graphed[level] = graphed(encoder, wanted=self._cuda_graphs)
+            # Graphs hold all layers.
+            self._graphed[level] = graphed(encoder, wanted=self._cuda_graphs and self.layer is None)
         return self._graphed[level]
 
     def _release_graphs(self) -> None:
@@ -281,7 +306,7 @@ class Embedder:
         if self._output is not None:
             return PooledRuns(self._output, proteins, width)
         if self._nesting is None:
-            return PlainRows(self.pool, proteins, width)
+            return PlainRows(self.pool, proteins, width, layer=self.layer)
         if self.pool in ("mean", "bos"):
             return PooledNesting(self._nesting, self.pool, proteins, width)
         return ResidueNesting(self._nesting, self.pool, proteins, width, resident=self._family.resident)

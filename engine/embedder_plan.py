@@ -24,6 +24,7 @@ class EmbedderPlan:
         precision: "auto", "fp32", "bf16", "fp16" or "int8".
         pool: "mean", "max", "bos" or "residue".
         long: "window", "full", "truncate" or "error".
+        layer: whose hidden states are embeddings, from 0, or negative from the end; None for the last.
         max_tokens: most tokens in a batch; None for the device's default.
     """
 
@@ -35,6 +36,7 @@ class EmbedderPlan:
     precision: str = "auto"
     pool: str = "mean"
     long: str = "window"
+    layer: int | None = None
     max_tokens: int | None = None
 
     def on(self, device: str) -> EmbedderPlan:
@@ -62,4 +64,12 @@ class EmbedderPlan:
             len(names),
             resident=self.resident,
         )
-        return Embedder(family, chain=chain, dims=self.dims, pool=self.pool, long=self.long, max_tokens=self.max_tokens)
+        return Embedder(
+            family,
+            chain=chain,
+            dims=self.dims,
+            pool=self.pool,
+            long=self.long,
+            layer=self.layer,
+            max_tokens=self.max_tokens,
+        )

@@ -247,6 +247,26 @@ class Encoder(nn.Module):
             kept[deepest] = hidden_TD
         return EncoderOutput(hidden_TD, kept)
 
+    def hidden(self, batch: PackedBatch, layer: int) -> torch.Tensor:
+        """Hidden states (T, D) of every token after one layer; those above it do not run.
+
+        Args:
+            batch: B packed sequences, T tokens; moved to the encoder's device.
+            layer: 0 is the embedding, 1 and on the residual stream after that layer, fp32 at least; the last,
+                `config.layers`, is `hidden_TD` of a whole pass, after the final LayerNorm. As fair-esm's
+                `repr_layers` has them.
+
+        Raises:
+            ValueError: the layer does not exist.
+        """
+        deepest = self.config.layers
+        if not 0 <= layer <= deepest:
+            message = f"layer {layer} does not exist: {self.name} has 0 to {deepest}"
+            raise ValueError(message)
+        if layer == deepest:
+            return self(batch).hidden_TD  # type: ignore[no-any-return]
+        return self._run(batch, (), stop=layer)[0]
+
     def stream(self, batch: PackedBatch) -> torch.Tensor:
         """The residual stream after the last layer, before the final LayerNorm: (T, D), fp32 at least.
 
@@ -277,8 +297,14 @@ class Encoder(nn.Module):
         return self.final_norm.unrounded(self._run(batch, (), chosen.to(self.device))[0])
 
     def _run(
-        self, batch: PackedBatch, layers: Collection[int], chosen: ChosenRows | None = None
+        self,
+        batch: PackedBatch,
+        layers: Collection[int],
+        chosen: ChosenRows | None = None,
+        *,
+        stop: int | None = None,
     ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+        """The stream after the last layer, or after layer `stop`, and copies of the stream after some `layers`."""
         deepest = self.config.layers
         batch = batch.to(self.device)
         # Many rows: attention over whole sequences is the faster one.
@@ -288,12 +314,13 @@ class Encoder(nn.Module):
         kept = {0: x_TD.clone()} if 0 in layers else {}
         table = self._rotary_table(max(batch.lengths_B, default=0))
         pending: Product | None = None
-        for depth, layer in enumerate(self.layers, start=1):
+        for depth, layer in enumerate(self.layers if stop is None else self.layers[:stop], start=1):
             x_TD, pending = layer(x_TD, pending, batch, table, few if depth == deepest else None)
             if depth in layers and depth != deepest:
                 x_TD, pending = add_norm(x_TD, pending, None, dtype=x_TD.dtype)[0], None
                 kept[depth] = x_TD.clone()
-        x_TD = add_norm(x_TD, pending, None, dtype=x_TD.dtype)[0]
+        if pending is not None:
+            x_TD = add_norm(x_TD, pending, None, dtype=x_TD.dtype)[0]
         return x_TD if chosen is None or few is not None else x_TD[chosen.index_R], kept
 
     def tensors_at(self) -> tuple[int, int]:

@@ -67,7 +67,7 @@ def export(
     """Export an encoder, or a chain with its nested row, as one graph or engine for other runtimes."""
     from .chain import Chain
     from .models import DEFAULT_MODEL, load_encoder
-    from .onnx_export import export_onnx, require
+    from .onnx_export import ONNX_SUFFIX, check_out, export_onnx, require
 
     given = {
         "gpus": None if gpu is None else [name.strip() for name in gpu.split(",")],
@@ -82,6 +82,7 @@ def export(
             message = "--gpu, --lengths, --profiles and --max-tokens are for engines: --target tensorrt-rtx or tensorrt"
             raise typer.BadParameter(message)
         require("onnx", "onnxscript")
+        check_out(out, ONNX_SUFFIX)
     else:
         from .tensorrt_export import check_target, export_tensorrt
 

@@ -152,7 +152,7 @@ def _write_csv(embeddings: Embeddings, path: Path, follow: Follower) -> None:
 def _write_pt(embeddings: Embeddings, folder: Path, follow: Follower) -> Path:
     import torch
 
-    layer = embeddings.run["settings"]["layers"]
+    layer = embeddings.run["settings"].get("layer", embeddings.run["settings"]["layers"])
     key = {"mean": "mean_representations", "bos": "bos_representations", "residue": "representations"}.get(
         embeddings.run["settings"]["pool"], "max_representations"
     )

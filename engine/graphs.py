@@ -183,6 +183,10 @@ class GraphedEncoder:
         stream_TD = self._padded_stream(batch)
         return self.encoder.stream(batch) if stream_TD is None else stream_TD
 
+    def hidden(self, batch: PackedBatch, layer: int) -> torch.Tensor:
+        """As the encoder's, without a graph: those that there are hold all layers."""
+        return self.encoder.hidden(batch, layer)
+
     def release(self) -> None:
         """Lets go of all graphs and makes no more: their memory is needed."""
         self._graphs.clear()

@@ -27,8 +27,9 @@ from .embedder import Embedder
 from .embedder_plan import EmbedderPlan
 from .errors import InputError
 from .fasta import InvalidPolicy, Record
+from .library_source import open_source
 from .library_survey import Survey, record_work, survey_library
-from .record_source import FastaSource, RecordSource, check_rereadable, locate_error
+from .record_source import RecordSource, check_rereadable, locate_error
 from .shard_job import RecordFault, ShardJob, cut_jobs, embed_job
 from .shard_worker import WorkerPlan
 from .shard_workers import ShardWorkers
@@ -134,6 +135,7 @@ class LibraryResult:
         times: where the time went; of several workers, added up.
         restarts: workers that died and were replaced.
         workers: processes that worked.
+        wall_s: seconds from the first record read to the merged index.
         settings: of the run, resolved.
     """
 
@@ -146,7 +148,13 @@ class LibraryResult:
     times: StageTimes = field(default_factory=StageTimes)
     restarts: int = 0
     workers: int = 1
+    wall_s: float = 0.0
     settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def idle_share(self) -> float | None:
+        """Share of the workers' time in which no model ran; None where there was nothing to do."""
+        return 1 - self.times.model / (self.workers * self.wall_s) if self.residues else None
 
     @property
     def models(self) -> list[str]:
@@ -167,7 +175,7 @@ def embed_library(
     """Embeds a library into the folder `out`, going on where an earlier run of the same settings stopped.
 
     Args:
-        source: a FASTA file, plain or .gz, or whatever else proteins are read from.
+        source: a file, see `open_source`, or whatever else proteins are read from.
         out: the store; made if it is not there.
         embedder: model, pooling, batch size and what becomes of long proteins; several workers need it as a plan.
         options: what else decides the bytes, and how many processes work.
@@ -181,10 +189,11 @@ def embed_library(
     options = options or LibraryOptions()
     progress = progress or Silent()
     if isinstance(source, Path):
-        source = FastaSource(source, options.invalid)
+        source = open_source(source, invalid=options.invalid)
     check_rereadable(source.path)
     plan = embedder if isinstance(embedder, EmbedderPlan) else None
     workers = options.workers_on(plan)
+    began = time.perf_counter()
     if isinstance(embedder, EmbedderPlan):
         embedder = embedder.make()
     started = time.perf_counter()
@@ -213,7 +222,7 @@ def embed_library(
             started = time.perf_counter()
             duplicates = store.finish()
             run.times.finishing = time.perf_counter() - started
-            return replace(run.result(), duplicates=duplicates)
+            return replace(run.result(), duplicates=duplicates, wall_s=time.perf_counter() - began)
 
 
 def _settings(source: RecordSource, embedder: Embedder, options: LibraryOptions, survey: Survey) -> dict[str, Any]:
@@ -222,6 +231,8 @@ def _settings(source: RecordSource, embedder: Embedder, options: LibraryOptions,
         "model": largest.name,
         "model_fingerprint": largest.fingerprint,
         "layers": largest.config.layers,
+        # Absent for the last one, as in stores that were written before others could be chosen.
+        **({} if embedder.layer is None else {"layer": embedder.layer}),
         **_chain_settings(embedder),
         **_exported_settings(embedder),
         "width": embedder.dims[-1],
@@ -311,7 +322,9 @@ class _Run:
             self._finish(job, write_shard(self._store.folder, job.number, job.entries, arrays))
 
         try:
-            self.times = run_stages(self._jobs(), self._embed, write)
+            self.times = run_stages(
+                self._jobs(), self._embed, write, writes_behind=self._embedder.device.type == "cuda"
+            )
         except RecordFault as error:
             raise locate_error(self._source, error.record, error.problem) from error
 

@@ -148,7 +148,7 @@ def _load_engine(path: Path, facts: dict[str, Any], device: str) -> ExportedEnco
         message = "an engine runs on a GPU alone, and device is 'cpu'; `protnest export --target onnx` runs on both"
         raise InputError(message, file=path)
     chosen = "cuda" if device == "auto" else device
-    model = TensorRTModel(path, device=chosen)
+    model = TensorRTModel(path, device=chosen, facts=facts)
     return ExportedEncoder(model, facts, path=path, device=torch.device(chosen), runtime=facts["target"])
 
 

@@ -46,13 +46,19 @@ class Gathering(Protocol):
 
 
 class PlainRows:
-    """One model, no chain."""
+    """One model, no chain; of `layer`, where it is not the last one."""
 
-    def __init__(self, pool: str, proteins: int, width: int) -> None:
+    def __init__(self, pool: str, proteins: int, width: int, *, layer: int | None = None) -> None:
+        self._layer = layer
         self._rows = ResidueRows(width) if pool == "residue" else PooledRows(pool, proteins, width)
 
     def take(self, level: int, number: int, pieces: Sequence[Piece], packed: PackedBatch, encoder: Runner) -> None:
-        self._rows.add(pieces, packed, encoder(packed).hidden_TD)
+        if self._layer is None:
+            hidden_TD = encoder(packed).hidden_TD
+        else:
+            assert not isinstance(encoder, ExportedEncoder)
+            hidden_TD = encoder.hidden(packed, self._layer)
+        self._rows.add(pieces, packed, hidden_TD)
 
     def divide(self, number: int, first: int, second: int, tokens: int) -> None:
         """Nothing is kept of a batch."""

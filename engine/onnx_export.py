@@ -11,6 +11,7 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
+import os
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 
 from .alphabet import BOS_ID, EOS_ID, PAD_ID, TOKENS
-from .atomic import write_atomically
+from .atomic import naming, write_atomically
 from .chain import Chain
 from .checkpoint import head_fingerprint
 from .device import PRECISIONS
@@ -37,6 +38,7 @@ OPSET = 20
 """Newer ones have an operator for attention that some runtimes take in fp16 alone."""
 EXPORT_PRECISIONS = ("fp32", "fp16")
 INPUT = "tokens"
+ONNX_SUFFIX = ".onnx"
 MOST_INLINE_BYTES = 2_000_000_000
 """Weights beyond this lie in a file of their own: a protobuf message ends at 2 GiB."""
 
@@ -66,8 +68,8 @@ def export_onnx(
 
     Args:
         encoders: fp32, on the CPU; with a chain an initial run of its models, smallest first.
-        out: the file. Weights of more than `most_inline_bytes` lie beside it in a `.data` file, whose name follows
-            from what is exported: the two belong together.
+        out: the file; its name ends in `.onnx`. Weights of more than `most_inline_bytes` lie beside it in a `.data`
+            file, whose name follows from what is exported: the two belong together.
         chain: for the output "nested".
         outputs: of `OUTPUTS`; by default residue and logits, with a chain nested. The first three are the largest
             model's.
@@ -78,11 +80,12 @@ def export_onnx(
         The facts that the metadata hold.
 
     Raises:
-        InputError: a package is missing, an output or precision is unknown, an output needs a head or a chain that is
-            not there, the models are not the chain's, not fp32 on a CPU, or `max_residues` is below 2.
+        InputError: see `check_out`; a package is missing, an output or precision is unknown, an output needs a head or
+            a chain that is not there, the models are not the chain's, not fp32 on a CPU, or `max_residues` is below 2.
+        OSError: the disk is full. What was there before is still there.
     """
     require(*_PACKAGES)
-    path = Path(out)
+    path = check_out(out, ONNX_SUFFIX)
     chosen = check_outputs(outputs, encoders, chain)
     if precision not in EXPORT_PRECISIONS:
         message = f"precision is {precision!r}; an export is {' or '.join(EXPORT_PRECISIONS)}"
@@ -98,8 +101,32 @@ def export_onnx(
     model.metadata_props.update({"schema_version": str(SCHEMA_VERSION), "protnest": json.dumps(facts)})
     weights_bytes = sum(tensor.numel() * tensor.element_size() for tensor in graph.state_dict().values())
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write(model, path, facts, external=weights_bytes > most_inline_bytes)
+    with naming(path):
+        _write(model, path, facts, external=weights_bytes > most_inline_bytes)
     return facts
+
+
+def check_out(out: str | Path, suffix: str) -> Path:
+    """Where an export goes; raises before minutes go by.
+
+    Raises:
+        InputError: the name ends otherwise, is a folder's, or lies where nothing can be written.
+    """
+    path = Path(out)
+    if path.suffix != suffix:
+        message = f"the file's name must end in {suffix}, by which it is known"
+        raise InputError(message, file=path)
+    if path.is_dir():
+        message = "is a folder; an export is a file"
+        raise InputError(message, file=path)
+    folder = next(each for each in path.absolute().parents if each.exists())
+    if not folder.is_dir():
+        message = f"cannot be written: {folder} is no folder"
+        raise InputError(message, file=path)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        message = f"cannot be written: {folder} takes no files of this user's"
+        raise InputError(message, file=path)
+    return path
 
 
 def check_outputs(outputs: Sequence[str] | None, encoders: Sequence[Encoder], chain: Chain | None) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from .alphabet import BOS_ID, EOS_ID, PAD_ID, RESIDUE_TABLE
 from .errors import InputError
+from .export_facts import check_facts
 from .fasta import clean_sequence
 from .onnx_export import SCHEMA_VERSION, require
 from .onnx_runner import OnnxRunner
@@ -28,8 +29,8 @@ def read_facts(path: str | Path) -> dict[str, Any]:
     """What an exported file says of itself: models, chain, precision, outputs, limits, versions.
 
     Raises:
-        InputError: the file is missing, no ONNX, no export of this package, or of a schema version that this release
-            does not know; or the package onnx is missing.
+        InputError: the file is missing, no ONNX, no export of this package, of a schema version that this release
+            does not know, or does not say all of it; or the package onnx is missing.
     """
     require("onnx")
     import onnx
@@ -50,9 +51,10 @@ def read_facts(path: str | Path) -> dict[str, Any]:
     check_schema_version(props.get("schema_version"), str(SCHEMA_VERSION), file=path)
     try:
         facts: dict[str, Any] = {"schema_version": SCHEMA_VERSION, **json.loads(props["protnest"])}
-    except ValueError as error:
+    except (TypeError, ValueError) as error:  # No object; no JSON.
         message = f"has damaged metadata ({error})"
         raise InputError(message, file=path) from error
+    check_facts(facts, file=path)
     return facts
 
 

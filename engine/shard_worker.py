@@ -12,6 +12,7 @@ When the other process dies, this one does at once, in the middle of whatever it
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import queue
@@ -83,17 +84,29 @@ class _Worker:
             embedder = plan.embedder.make()
 
             def embed(job: ShardJob) -> Arrays:
-                return embed_job(
-                    job,
-                    embedder,
-                    storage_dtype=plan.storage_dtype,
-                    after_batch=lambda residues: self.send("advance", residues),
-                )
+                with self._ending():
+                    return embed_job(
+                        job,
+                        embedder,
+                        storage_dtype=plan.storage_dtype,
+                        after_batch=lambda residues: self.send("advance", residues),
+                    )
 
             def write(job: ShardJob, arrays: Arrays) -> None:
-                self.send("done", write_shard(plan.folder, job.number, job.entries, arrays))
+                with self._ending():
+                    self.send("done", write_shard(plan.folder, job.number, job.entries, arrays))
 
-            self.send("over", run_stages(self._jobs(), embed, write))
+            behind = embedder.device.type == "cuda"
+            self.send("over", run_stages(self._jobs(), embed, write, writes_behind=behind))
+
+    @contextlib.contextmanager
+    def _ending(self) -> Iterator[None]:
+        """After an error no more jobs come; without this word, the stage that waits for one would wait for ever."""
+        try:
+            yield
+        except BaseException:
+            self._received.put(None)
+            raise
 
     def _jobs(self) -> Iterator[ShardJob]:
         while True:

@@ -63,9 +63,8 @@ class ShardWorkers:
         on_advance: called with residues that were run.
 
     Raises:
-        InputError: workers of an earlier run are still at work; a worker cannot make its embedder; a shard brought down
-            three workers.
-        RecordFault: a record cannot be embedded.
+        InputError: workers of an earlier run are still at work; a worker cannot make its embedder.
+        RecordFault: a record cannot be embedded, or a shard that begins with it brought down three workers.
         OSError: a shard cannot be written.
     """
 
@@ -172,7 +171,7 @@ class ShardWorkers:
             job = next(iter(hand.held.values()))
             self._deaths[job.number] += 1
             if self._deaths[job.number] == _MOST_DEATHS:
-                raise InputError(_given_up(job, status))
+                raise RecordFault(job.entries[0].record, _given_up(job, status))
         elif may_restart:
             self._deaths[-1] += 1
             if self._deaths[-1] == _MOST_DEATHS:
@@ -225,10 +224,10 @@ def _await_earlier_workers(folder: Path) -> None:
 
 
 def _given_up(job: ShardJob, status: int) -> str:
-    first, last = job.entries[0].record, job.entries[-1].record
+    last = job.entries[-1].record
     return (
-        f"{_MOST_DEATHS} workers died ({_in_words(status)}) over the records {first.index + 1} ({first.id}) to "
-        f"{last.index + 1} ({last.id}): too little memory? Fewer --workers or a smaller --max-tokens need less"
+        f"{_MOST_DEATHS} workers died ({_in_words(status)}) over the shard from here to record {last.index + 1} "
+        f"({last.id}): too little memory? Fewer --workers or a smaller --max-tokens need less"
     )
 
 

@@ -1,7 +1,9 @@
 """The stages that shards go through: read, embedded, written; each at its own pace, none far ahead of the next.
 
-One shard is read ahead and one is being written while the model has a third, so that neither the file nor the disk
-keeps the model waiting, and no more than these are ever held.
+One shard is read ahead while the model has another, and no more are ever held. A GPU does not wait for the disk,
+either: it embeds a shard while the one before is being written, and a kill costs up to two. On a CPU, where flushing a
+shard to the disk takes some hundredths of a second and embedding it seconds, a kill costs only the shard that is being
+embedded.
 """
 
 from __future__ import annotations
@@ -42,19 +44,21 @@ class StageTimes:
         for name, seconds in vars(other).items():
             setattr(self, name, getattr(self, name) + seconds)
 
-    @property
-    def idle_share(self) -> float:
-        """Share of the time in which the model waited, or had not begun or was done."""
-        total = sum(vars(self).values())
-        return 1 - self.model / total if total else 0.0
-
 
 def run_stages(
     jobs: Iterator[ShardJob],
     embed: Callable[[ShardJob], Arrays],
     write: Callable[[ShardJob, Arrays], None],
+    *,
+    writes_behind: bool,
 ) -> StageTimes:
     """Takes jobs, embeds each in the calling thread, and has them read and written by two others, in order.
+
+    Args:
+        jobs: what there is to do.
+        embed: gives a shard's tensors.
+        write: writes and lists a shard.
+        writes_behind: begin with a shard before the last one is written.
 
     An error of any stage ends the run, after what is being written is written. It is raised here.
     """
@@ -73,6 +77,9 @@ def run_stages(
             times.awaiting_writer += clock.lap()
             behind = writer.submit(write, job, arrays)
             del arrays
+            if not writes_behind:
+                behind.result()
+                times.awaiting_writer += clock.lap()
         times.awaiting_reader += clock.lap()
         if behind is not None:
             behind.result()

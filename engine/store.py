@@ -31,7 +31,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from .atomic import write_atomically
@@ -122,12 +122,10 @@ def write_shard(
         entries: its records, in input order.
         arrays: `embeddings` (n, D), and with pool=residue `offsets`.
     """
-    rows = len(arrays["offsets"]) - 1 if "offsets" in arrays else len(arrays["embeddings"])
-    shard = Shard(number, rows, 0, len(entries))
-    index_path, path = folder / shard.index_file, folder / shard.file
-    write_index(index_path, index_table(entries))
-    write_atomically(path, lambda temporary: _save(arrays, temporary))
-    return replace(shard, size_bytes=path.stat().st_size, sha256=checksum(path), index_sha256=checksum(index_path))
+    shard = Shard(number, 0, 0)
+    write_index(folder / shard.index_file, index_table(entries))
+    write_atomically(folder / shard.file, lambda temporary: _save(arrays, temporary))
+    return _describe(folder, number)
 
 
 def index_table(entries: Sequence[Entry]) -> pa.Table:
@@ -148,6 +146,24 @@ def index_table(entries: Sequence[Entry]) -> pa.Table:
 def write_index(path: Path, table: pa.Table) -> None:
     """Writes a shard's part of the index."""
     write_atomically(path, lambda temporary: pq.write_table(table, temporary))
+
+
+def _describe(folder: Path, number: int) -> Shard:
+    """What run.json says of a shard whose files are written."""
+    shard = Shard(number, 0, 0)
+    path, index_path = folder / shard.file, folder / shard.index_file
+    with safe_open(path, framework="numpy") as file:
+        rows = file.get_slice("embeddings").get_shape()[0]
+        if "offsets" in file.keys():
+            rows = file.get_slice("offsets").get_shape()[0] - 1
+    return Shard(
+        number,
+        rows,
+        path.stat().st_size,
+        pq.read_metadata(index_path).num_rows,
+        checksum(path),
+        checksum(index_path),
+    )
 
 
 def _save(arrays: dict[str, npt.NDArray[Any]], path: Path) -> None:
@@ -222,6 +238,8 @@ class StoreWriter:
                 if not complete and index.exists() and checksum(index) != self._index_sha256:
                     index.unlink()
                 self._tidy()
+                if not self.complete:
+                    self._adopt(listed={shard.number for shard in listed})
                 return
             if not self.overwrite:
                 message = f"holds a run with other settings ({'; '.join(changed)}); choose another --out or --overwrite"
@@ -245,6 +263,18 @@ class StoreWriter:
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
+
+    def _adopt(self, listed: set[int]) -> None:
+        """Lists shards that were written whole, by a run that was killed before it listed them.
+
+        Those that it did list and that are not as listed are damaged, and are written again.
+        """
+        for index_path in sorted(self.folder.glob("part-*.parquet")):
+            number = int(index_path.stem.removeprefix("part-"))
+            if number in listed or not (self.folder / Shard(number, 0, 0).file).exists():
+                continue
+            with contextlib.suppress(OSError, pa.ArrowInvalid, SafetensorError):
+                self.shards[number] = _describe(self.folder, number)
 
     def _clear(self) -> None:
         # run.json goes first: a folder that is half cleared must not look like a run.
@@ -345,12 +375,13 @@ def discard(folder: Path, numbers: set[int], *, index: bool) -> None:
     shards = read_shards(folder, run)
     kept = [shard for shard in shards if shard.number not in numbers]
     changed = {"complete": False, "rows": sum(shard.rows for shard in kept), "shards": [vars(shard) for shard in kept]}
-    # run.json goes first: nothing may be listed as finished that is on its way out.
+    removed = [shard for shard in shards if shard.number in numbers]
+    # Without its part of the index a shard is adopted by no run; and none may be listed that is on its way out.
+    for shard in removed:
+        (folder / shard.index_file).unlink(missing_ok=True)
     _write_run(folder, {**run, **changed})
-    for shard in shards:
-        if shard.number in numbers:
-            (folder / shard.file).unlink(missing_ok=True)
-            (folder / shard.index_file).unlink(missing_ok=True)
+    for shard in removed:
+        (folder / shard.file).unlink(missing_ok=True)
     if index:
         (folder / INDEX_FILE).unlink(missing_ok=True)
 

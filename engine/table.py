@@ -13,7 +13,7 @@ import difflib
 import hashlib
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
@@ -42,6 +42,11 @@ _GZIP_MAGIC = b"\x1f\x8b"
 _SUBSTITUTION = f"[{AMINO_ACIDS}][1-9][0-9]*[{AMINO_ACIDS}]"
 _VARIANT = re.compile(f"{_SUBSTITUTION}(:{_SUBSTITUTION})*")
 _NAMES_SHOWN, _LETTERS_SHOWN = 20, 60
+
+
+def is_table(path: Path) -> bool:
+    """Whether a file's name says that it is a table with columns: .csv, .tsv or .parquet."""
+    return Path(path.name.lower().removesuffix(".gz")).suffix in (".csv", ".tsv", ".parquet")
 
 
 class Row(NamedTuple):
@@ -112,25 +117,30 @@ class Table:
         """
         if name in self.columns:
             return self.columns.index(name)
-        message = f"has no column {_show(name)}; it has {_list_names(self.columns)}"
+        message = f"has no column {_show(name)}; it has {self.list_columns()}"
         alike = {column.strip().casefold(): column for column in self.columns}
         if near := difflib.get_close_matches(name.strip().casefold(), alike, n=1):
             message += f"; did you mean {_show(alike[near[0]])}?"
         raise InputError(message, file=self.path)
 
-    def rows(self, *, begin: int = 0, ragged: bool = False) -> Iterator[Row]:
+    def list_columns(self) -> str:
+        """The columns' names for a message, the first twenty of them."""
+        return _list_names(self.columns)
+
+    def rows(self, *, begin: int = 0, ragged: bool = False, only: Collection[str] | None = None) -> Iterator[Row]:
         """Yields the rows in order.
 
         Args:
             begin: leaves out so many first rows, which count all the same.
             ragged: yields rows of more or fewer cells than the header, too, for the caller to judge.
+            only: columns that are needed. Others of parquet files are not read; their cells are None.
 
         Raises:
             InputError: on the way: the file cannot be read on, holds no rows, or a row has more or fewer cells than the
                 header; with the line.
         """
         if self.kind == "parquet":
-            return self._parquet_rows(begin)
+            return self._parquet_rows(begin, self.columns if only is None else only)
         return self._text_rows(begin, ragged)
 
     def fingerprint(self) -> str:
@@ -214,7 +224,7 @@ class Table:
                 if cells:
                     yield begin, cells
 
-    def _parquet_rows(self, begin: int) -> Iterator[Row]:
+    def _parquet_rows(self, begin: int, only: Collection[str]) -> Iterator[Row]:
         with _open_parquet(self.path) as file:
             sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
             if not sum(sizes):
@@ -223,8 +233,10 @@ class Table:
             while group < len(sizes) and number + sizes[group] <= begin:
                 number, group = number + sizes[group], group + 1
             groups = list(range(group, len(sizes)))
-            for batch in file.iter_batches(_BATCH_ROWS, row_groups=groups) if groups else ():
-                columns = [_values(column) for column in batch.columns]
+            wanted = [name for name in self.columns if name in only]
+            for batch in file.iter_batches(_BATCH_ROWS, row_groups=groups, columns=wanted) if groups else ():
+                nothing = [None] * batch.num_rows
+                columns = [_values(batch.column(name)) if name in only else nothing for name in self.columns]
                 for cells in zip(*columns, strict=True):
                     number += 1
                     if number > begin:

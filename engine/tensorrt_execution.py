@@ -12,7 +12,7 @@ import torch
 
 from .errors import InputError
 from .onnx_export import INPUT, require
-from .tensorrt_export import TARGETS, capability_name, load_target, make_logger
+from .tensorrt_export import GPUS, TARGETS, capability_name, load_target, make_logger
 
 NEEDED = {
     "Runtime": ("deserialize_cuda_engine",),
@@ -25,16 +25,20 @@ NEEDED = {
     ),
 }
 """What is called of the package: a test without a GPU can at least hold that it is there."""
+_OUT_OF_MEMORY = ("out of memory", "outofmemory", "failed to allocate")
 
 
 def check_gpu(facts: dict[str, Any], capability: tuple[int, int], name: str, *, file: Path) -> None:
     """Raises InputError, naming both, where an engine was built for GPUs of other generations than this one."""
     here = capability_name(capability)
     if here not in facts["gpus"]:
-        message = (
-            f"is built for {', '.join(facts['gpus'])}, and this GPU ({name}) is {here}: "
-            f"`protnest export --target {facts['target']} --gpu {here}` builds one for it"
-        )
+        if facts["target"] == "tensorrt":
+            hint = "`protnest export --target tensorrt` on this machine builds one for it"
+        elif here in GPUS:
+            hint = f"`protnest export --target tensorrt-rtx --gpu {here}` builds one for it"
+        else:
+            hint = f"TensorRT-RTX builds for {', '.join(GPUS)} alone"
+        message = f"is built for {', '.join(facts['gpus'])}, and this GPU ({name}) is {here}: {hint}"
         raise InputError(message, file=file)
 
 
@@ -83,12 +87,19 @@ class EngineExecution:
                 f"has {self._engine.num_optimization_profiles} profiles, its sidecar tells of {len(facts['profiles'])}"
             )
             raise InputError(message, file=path)
+        self._path = path
         self._profile: int | None = None
 
     def run(
         self, profile: int, tokens_BL: npt.NDArray[np.int64], outputs: Sequence[str]
     ) -> dict[str, npt.NDArray[np.float32]]:
-        """Runs tokens (B, L) that lie within a profile; gives the outputs asked for, on the host."""
+        """Runs tokens (B, L) that lie within a profile; gives the outputs asked for, on the host.
+
+        Raises:
+            torch.OutOfMemoryError: the rows do not fit into memory together.
+            InputError: the runtime fails otherwise.
+        """
+        self._logger.errors.clear()
         with torch.cuda.device(self._device):
             stream = torch.cuda.current_stream()
             if profile != self._profile:
@@ -112,7 +123,9 @@ class EngineExecution:
     def _check(self, done: bool, what: str) -> None:
         if not done:
             message = f"TensorRT does not take {what}: {self._reasons()}"
-            raise RuntimeError(message)
+            if any(words in message.lower() for words in _OUT_OF_MEMORY):
+                raise torch.OutOfMemoryError(message)
+            raise InputError(message, file=self._path)
 
     def _reasons(self) -> str:
         return "; ".join(self._logger.errors[-5:]) or "it gave no reason"

@@ -13,12 +13,13 @@ import importlib.util
 import os
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
-from .atomic import replacing, write_atomically
+from .atomic import naming, replacing, write_atomically
 from .chain import Chain
 from .encoder import Encoder
 from .errors import InputError
@@ -29,8 +30,8 @@ from .length_profiles import (
     LengthProfile,
     choose_profiles,
 )
-from .onnx_export import INPUT, export_onnx, require
-from .tensorrt_sidecar import ENGINE_SUFFIX, is_engine, seal_facts, sidecar_path
+from .onnx_export import INPUT, ONNX_SUFFIX, check_out, export_onnx, require
+from .tensorrt_sidecar import ENGINE_SUFFIX, seal_facts, sidecar_path
 
 TARGETS = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 """What is built, and the package that builds and runs it."""
@@ -78,7 +79,7 @@ def export_tensorrt(
     choose_profiles(lengths, count=profiles, max_residues=max_residues or 1, max_tokens=max_tokens)
     trt = load_target(target)
     with tempfile.TemporaryDirectory(prefix="protnest-") as folder:
-        graph = Path(folder) / path.with_suffix(".onnx").name
+        graph = Path(folder) / path.with_suffix(ONNX_SUFFIX).name
         facts = export_onnx(
             encoders, graph, chain=chain, outputs=outputs, precision=precision, max_residues=max_residues
         )
@@ -95,7 +96,8 @@ def export_tensorrt(
     }
     engine = network.build(chosen if target == "tensorrt-rtx" else (), ranges)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, engine, facts)
+    with naming(path):
+        _write(path, engine, facts)
     return facts
 
 
@@ -103,18 +105,10 @@ def check_target(out: str | Path, target: str, gpus: Sequence[str] | None, preci
     """The GPUs that an engine is for; raises before anything is read.
 
     Raises:
-        InputError: target, file name, a GPU or its precision cannot be; or a package is missing.
+        InputError: target, a GPU or its precision cannot be; see `check_out`; or a package is missing.
     """
-    if target not in TARGETS:
-        message = f"target {target!r} is unknown; engines are {' or '.join(TARGETS)}"
-        raise InputError(message)
-    path = Path(out)
-    if not is_engine(path):
-        message = f"an engine's file name must end in {ENGINE_SUFFIX}, by which it is known"
-        raise InputError(message, file=path)
-    if path.is_dir():
-        message = "is a folder; an engine is a file"
-        raise InputError(message, file=path)
+    _check_known(target)
+    check_out(out, ENGINE_SUFFIX)
     if target == "tensorrt":
         return _check_tensorrt(gpus)
     chosen = DEFAULT_GPUS if gpus is None else tuple(gpus)
@@ -136,6 +130,12 @@ def check_target(out: str | Path, target: str, gpus: Sequence[str] | None, preci
         raise InputError(message)
     require("onnx", "onnxscript", TARGETS[target])
     return chosen
+
+
+def _check_known(target: str) -> None:
+    if target not in TARGETS:
+        message = f"target {target!r} is unknown; engines are {' or '.join(TARGETS)}"
+        raise InputError(message)
 
 
 def _check_tensorrt(gpus: Sequence[str] | None) -> tuple[str, ...]:
@@ -250,8 +250,9 @@ def load_target(target: str) -> Any:
     """The package of a target.
 
     Raises:
-        InputError: it cannot be loaded.
+        InputError: it is unknown, or its package cannot be loaded.
     """
+    _check_known(target)
     try:
         return importlib.import_module(TARGETS[target])
     except (ImportError, OSError) as error:  # Its libraries are loaded here, and may not fit this system.
@@ -269,7 +270,7 @@ def _reason(error: Any) -> str:
 
 def _write(path: Path, engine: Any, facts: dict[str, Any]) -> None:
     sidecar = sidecar_path(path)
-    new = not sidecar.exists()
+    old = sidecar.read_bytes() if sidecar.exists() else None
     try:
         with replacing(path) as made:
             with made.open("wb") as file:
@@ -280,6 +281,9 @@ def _write(path: Path, engine: Any, facts: dict[str, Any]) -> None:
             text = seal_facts(facts, made)
             write_atomically(sidecar, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     except BaseException:
-        if new:
-            sidecar.unlink(missing_ok=True)
+        with suppress(OSError):  # What went wrong first is what has to be told.
+            if old is None:
+                sidecar.unlink(missing_ok=True)
+            elif sidecar.read_bytes() != old:
+                write_atomically(sidecar, lambda temporary: temporary.write_bytes(old))
         raise

@@ -34,6 +34,7 @@ class TensorRTModel:
         path: the engine file; its sidecar lies beside it.
         device: "cuda" or "cuda:N".
         execution: runs it in place of the GPU.
+        facts: what `read_sidecar` gave, where it was asked: it reads the whole engine.
 
     Attributes:
         facts: see `read_sidecar`.
@@ -46,9 +47,16 @@ class TensorRTModel:
             built for another generation of GPUs or is not taken.
     """
 
-    def __init__(self, path: str | Path, *, device: str = "cuda", execution: Execution | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        device: str = "cuda",
+        execution: Execution | None = None,
+        facts: dict[str, Any] | None = None,
+    ) -> None:
         self.path = Path(path)
-        self.facts: dict[str, Any] = read_sidecar(path)
+        self.facts: dict[str, Any] = read_sidecar(path) if facts is None else facts
         self.outputs: tuple[str, ...] = tuple(self.facts["outputs"])
         self.max_residues: int = self.facts["limits"]["max_residues"]
         self.profiles = read_profiles(self.facts)

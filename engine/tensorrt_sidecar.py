@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError
+from .export_facts import FACTS, check_facts
 from .json_object import read_object
 from .length_profiles import LengthProfile
 from .schema_version import check_schema_version
 
 SCHEMA_VERSION = 1
 ENGINE_SUFFIX = ".engine"
+_OF_ENGINES = {"target": str, "gpus": list, "profiles": list, "engine": dict}
 _CHUNK_BYTES = 1 << 22
 
 
@@ -56,14 +58,18 @@ def read_sidecar(path: str | Path) -> dict[str, Any]:
         raise InputError(message, file=engine)
     facts = read_object(sidecar)
     check_schema_version(facts.get("schema_version"), SCHEMA_VERSION, file=sidecar)
-    if missing := [name for name in ("engine", "gpus", "profiles", "outputs", "limits") if name not in facts]:
-        message = f"is no sidecar of an engine: it lacks `{missing[0]}`"
-        raise InputError(message, file=sidecar)
+    check_facts(facts, FACTS | _OF_ENGINES, file=sidecar)
+    try:
+        read_profiles(facts)
+    except TypeError as error:
+        message = f"has damaged metadata: `profiles` ({error})"
+        raise InputError(message, file=sidecar) from error
     found = {"bytes": engine.stat().st_size, "blake2b": _digest(engine)}
     if found != facts["engine"]:
         message = (
             f"belongs to another engine file, of {facts['engine'].get('bytes')} bytes and hash "
-            f"{facts['engine'].get('blake2b')}; {engine.name} has {found['bytes']} bytes and hash {found['blake2b']}"
+            f"{facts['engine'].get('blake2b')}; {engine.name} has {found['bytes']} bytes and hash {found['blake2b']}: "
+            "one of the two is damaged, or not of this export"
         )
         raise InputError(message, file=sidecar)
     return facts

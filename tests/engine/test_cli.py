@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from protnest.engine import read_embeddings
 from protnest.engine.cli import app
@@ -115,6 +117,14 @@ def test_options_reach_the_run(tmp_path: Path, fasta: Path, model: str) -> None:
         ["embed", "x.fasta", "--out", "o", "--shard", "3/2"],
         ["embed", "x.fasta", "--out", "o", "--shard", "one"],
         ["embed", "x.fasta", "--out", "o", "--nonsense"],
+        ["embed", "x.fasta", "--out", "o", "--id-col", "id"],
+        ["embed", "x.fa.gz", "--out", "o", "--seq-col", "sequence"],
+        ["embed", "x.txt", "--out", "o", "--seq-col", "sequence"],
+        ["embed", "x.fasta", "--out", "o", "--wt", "wt.fasta"],
+        ["embed", "x.csv", "--out", "o", "--target", "blat"],
+        ["embed", "x.csv", "--out", "o", "--offset", "23"],
+        ["embed", "x.fasta", "--out", "o", "--chain", "nano", "--layer", "2"],
+        ["embed", "x.fasta", "--out", "o", "--layer", "last"],
         ["nonsense"],
     ],
 )
@@ -144,6 +154,66 @@ def test_failures_name_the_place_and_exit_with_1(
     assert result.exit_code == 1
     assert message in result.stderr
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(("kind", "options"), [("csv", []), ("parquet", []), ("mutants", ["--workers", "2"])])
+def test_embed_from_tables(tmp_path: Path, model: str, kind: str, options: list[str]) -> None:
+    """With workers, rejects, and a second call that finds nothing to do."""
+    sequences = ["MKTAYIAKQR", "MATAYIAKQR", "MKTAYIAKQW"]
+    names = ["WT", "K25A", "R33W"]
+    path = tmp_path / "in.csv"
+    if kind == "csv":
+        path.write_text("key,aa\n" + "".join(f"{n},{s}\n" for n, s in zip(names, sequences, strict=True)) + "bad,1\n")
+        options = [*options, "--id-col", "key", "--seq-col", "aa"]
+    elif kind == "parquet":
+        path = tmp_path / "in.parquet"
+        pq.write_table(pa.table({"id": [*names, None], "sequence": [*sequences, "MKT"]}), path)
+    else:
+        path = tmp_path / "in.txt"
+        path.write_text("WT\nK25A\nR33W\nA25K\n")
+        wild_type = write_fasta(tmp_path / "wt.fasta", ["MK", sequences[0]])
+        options = [*options, "--wt", str(wild_type), "--target", "protein1", "--offset", "23"]
+    out = tmp_path / "out"
+    command = ["embed", str(path), "--out", str(out), "--model", model, "--shard-records", "2", "--json", *options]
+    failed = runner.invoke(app, command)
+    assert (failed.exit_code, "record 4" in failed.stderr) == (1, True), failed.output
+    result = runner.invoke(app, [*command, "--invalid", "skip"])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert (report["embedded_now"], report["rejected"]) == (3, 1)
+    stored = read_embeddings(out)
+    assert stored.ids == names
+    assert (out / "rejects.csv").read_text().splitlines()[1].startswith("4,")
+    again = json.loads(runner.invoke(app, [*command, "--invalid", "skip"]).stdout)
+    assert (again["embedded_now"], again["resumed"]) == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--seq-col", "protien"], "in.csv: has no column 'protien'; it has 'id', 'protein'; did you mean 'protein'?"),
+        ([], "in.csv: has no column of sequences"),
+        (["--wt", "gone.fasta"], "gone.fasta: cannot be opened"),
+    ],
+)
+def test_tables_that_cannot_be_embedded(tmp_path: Path, options: list[str], message: str) -> None:
+    path = tmp_path / "in.csv"
+    path.write_text("id,protein\na,MKT\n")
+    result = runner.invoke(app, ["embed", str(path), "--out", str(tmp_path / "out"), *options])
+    assert (result.exit_code, message in result.stderr) == (1, True), result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_embed_a_layer(tmp_path: Path, fasta: Path, model: str) -> None:
+    command = ["embed", str(fasta), "--model", model, "--layer"]
+    for layer, out in (("-2", "inner"), ("1", "same"), ("-1", "last")):
+        assert runner.invoke(app, [*command, layer, "--out", str(tmp_path / out)]).exit_code == 0
+    inner, same, last = (read_embeddings(tmp_path / out) for out in ("inner", "same", "last"))
+    assert inner.run["settings"]["layer"] == 1
+    assert np.array_equal(inner.array[:], same.array[:])
+    assert not np.allclose(inner.array[:], last.array[:])
+    failed = runner.invoke(app, [*command, "3", "--out", str(tmp_path / "none")])
+    assert (failed.exit_code, "tiny has layers 0 (the token embedding) to 2" in failed.stderr) == (1, True)
 
 
 def test_other_run_in_the_folder_exits_with_1(tmp_path: Path, fasta: Path, model: str) -> None:

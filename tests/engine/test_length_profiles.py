@@ -10,6 +10,8 @@ import pytest
 from protnest.engine import InputError
 from protnest.engine.length_profiles import SWISS_PROT_RESIDUES, choose_profiles, find_profile
 
+pytestmark = pytest.mark.export
+
 UNEVEN = [5] * 40 + [6] * 30 + [9] * 3 + [20] * 9 + [21] * 2 + [50, 51, 90]
 
 

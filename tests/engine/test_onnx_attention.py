@@ -19,6 +19,8 @@ onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
+pytestmark = pytest.mark.export
+
 PROTEINS = ["A", *random_proteins(7, longest=20), "A" * 20]
 HEADS = [2, 2, 2]
 """One layer of the smaller model, two of the larger one."""

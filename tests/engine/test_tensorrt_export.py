@@ -4,30 +4,28 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from protnest.engine import Chain, Encoder, InputError, onnx_export, tensorrt_export, tensorrt_sidecar
-from protnest.engine.checkpoint import save_checkpoint
+from protnest.engine import Chain, InputError, onnx_export, tensorrt_export, tensorrt_sidecar
 from protnest.engine.cli import app
 from protnest.engine.length_profiles import LengthProfile, choose_profiles
-from protnest.engine.models import load_encoder
 from protnest.engine.onnx_export import export_onnx
 from protnest.engine.tensorrt_execution import NEEDED
 from protnest.engine.tensorrt_export import GPUS, EngineNetwork, check_target, export_tensorrt
 from protnest.engine.tensorrt_sidecar import read_profiles, read_sidecar, sidecar_path
 from typer.testing import CliRunner, Result
 
-from support.families import random_chain, tiny_family
+from support.exported import EXPORTED_WIDTHS, exported_family, tiny_export
 from support.tiny import write_fasta
 
 trt = pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx: pip install 'protnest[export]'")
 onnx = pytest.importorskip("onnx")
 onnx_ir = pytest.importorskip("onnx_ir")
 
-WIDTHS = (16, 24)
 RTX = ("sm86", "sm89", "sm120")
 PROFILE = LengthProfile(fewest_tokens=3, best_tokens=10, most_tokens=22, best_rows=4, most_rows=8)
 
@@ -38,25 +36,16 @@ def _invoke(*arguments: object) -> Result:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two tiny models, a chain of them, its graph in fp32 and the first model's in fp16: `fp32.onnx`, `fp16.onnx`."""
+    """What `tiny_export` holds, and the first model's graph in fp16 beside it: `fp16.onnx`."""
     place = tmp_path_factory.mktemp("tensorrt")
-    for encoder in tiny_family(WIDTHS):
-        save_checkpoint(encoder, place / encoder.name)
-    family = _family(place)
-    random_chain(family).save(place / "tiny.chain")
-    chain = Chain.load(place / "tiny.chain")
-    export_onnx(family, place / "fp32.onnx", chain=chain, outputs=["nested", "logits", "residue", "mean"])
-    export_onnx(family[:1], place / "fp16.onnx", outputs=["mean"], precision="fp16")
+    shutil.copytree(tiny_export(), place, dirs_exist_ok=True)
+    export_onnx(exported_family(place)[:1], place / "fp16.onnx", outputs=["mean"], precision="fp16")
     return place
-
-
-def _family(place: Path) -> list[Encoder]:
-    return [load_encoder(place / f"tiny{width}", device="cpu", precision="fp32") for width in WIDTHS]
 
 
 def _without_tracing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The graph is the tiny one, whatever was asked for: tracing takes seconds."""
-    monkeypatch.setattr(onnx_export, "_trace", lambda *given: onnx_ir.load(str(folder / "fp32.onnx")))
+    monkeypatch.setattr(onnx_export, "_trace", lambda *given: onnx_ir.load(str(folder / "tiny.onnx")))
 
 
 def _without_building(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +74,7 @@ def test_engine_by_the_command_line(folder: Path, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(EngineNetwork, "build", watched)
     library = write_fasta(tmp_path / "library.fasta", ["A" * 4, "M1K", "A" * 18, "A" * 40])
     out = tmp_path / "out" / "m.engine"
-    models = ",".join(str(folder / f"tiny{width}") for width in WIDTHS)
+    models = ",".join(str(folder / f"tiny{width}") for width in EXPORTED_WIDTHS)
     done = _invoke(
         *("export", "--model", models, "--chain", folder / "tiny.chain", "--outputs", "nested,logits,residue,mean"),
         *("--target", "tensorrt-rtx", "--gpu", "sm86, sm89,sm120", "--lengths", library, "--profiles", 2),
@@ -96,14 +85,14 @@ def test_engine_by_the_command_line(folder: Path, tmp_path: Path, monkeypatch: p
     assert not list(scratch.iterdir())
     assert sorted(each.name for each in out.parent.iterdir()) == ["m.engine", "m.engine.json"]
     engine = out.read_bytes()
-    weights_bytes = sum(each.numel() * 4 for encoder in _family(folder) for each in encoder.parameters())
+    weights_bytes = sum(each.numel() * 4 for encoder in exported_family(folder) for each in encoder.parameters())
     assert len(engine) > weights_bytes
     for name in ("tokens", "nested", "logits", "residue", "mean"):
         assert name.encode() in engine, name
     facts, report = read_sidecar(out), json.loads(done.stdout)
     assert {name: facts[name] for name in facts if name not in ("schema_version", "engine")}.items() <= report.items()
     chain = Chain.load(folder / "tiny.chain")
-    assert [each["fingerprint"] for each in facts["models"]] == [each.fingerprint for each in _family(folder)]
+    assert [each["fingerprint"] for each in facts["models"]] == [each.fingerprint for each in exported_family(folder)]
     assert (facts["chain"], facts["target"], facts["gpus"]) == (chain.fingerprint, "tensorrt-rtx", list(RTX))
     assert facts["versions"]["tensorrt-rtx"] == trt.__version__
     assert facts["engine"]["bytes"] == len(engine)
@@ -115,31 +104,10 @@ def test_engine_by_the_command_line(folder: Path, tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize(("precision", "gpus"), [("fp32", RTX), ("fp16", RTX), ("fp16", ("sm75",))])
 def test_builds_of_a_tiny_encoder(folder: Path, precision: str, gpus: tuple[str, ...]) -> None:
-    network = EngineNetwork(trt, folder / f"{precision}.onnx")
+    network = EngineNetwork(trt, folder / ("tiny.onnx" if precision == "fp32" else "fp16.onnx"))
     engine = bytes(network.build(gpus, [PROFILE]))
     assert network.outputs["mean"] == ("FLOAT", (-1, 24 if precision == "fp32" else 16))
     assert b"mean" in engine
-    assert not network.logger.errors
-
-
-@pytest.fixture(scope="module")
-def nano_graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundled chain's nested row, in fp16."""
-    chain = Chain.load("nano")
-    family = [load_encoder(each.name, device="cpu", precision="fp32") for each in chain.models]
-    path = tmp_path_factory.mktemp("nano") / "nano.onnx"
-    export_onnx(family, path, chain=chain, precision="fp16")
-    return path
-
-
-@pytest.mark.parametrize("gpus", [RTX, ("sm75",)], ids="-".join)
-def test_builds_of_the_bundled_family(nano_graph: Path, gpus: tuple[str, ...]) -> None:
-    network = EngineNetwork(trt, nano_graph)
-    assert network.inputs == {"tokens": ("INT64", (-1, -1))}
-    assert network.outputs == {"nested": ("FLOAT", (-1, Chain.load("nano").models[-1].width))}
-    engine = bytes(network.build(gpus, choose_profiles([300], count=1, max_residues=1022)))
-    assert len(engine) > 0.9 * nano_graph.stat().st_size
-    assert b"nested" in engine
     assert not network.logger.errors
 
 
@@ -162,7 +130,7 @@ def _export_made_up(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     _without_building(monkeypatch)
     chain = Chain.load(folder / "tiny.chain")
     options = {"chain": chain, "profiles": 1, **options}
-    export_tensorrt(_family(folder), tmp_path / "m.engine", **options)
+    export_tensorrt(exported_family(folder), tmp_path / "m.engine", **options)
     return tmp_path / "m.engine"
 
 
@@ -227,7 +195,7 @@ def test_refused_before_anything_is_read(tmp_path: Path, monkeypatch: pytest.Mon
     out = tmp_path / "m.engine"
     for target, path, gpus, precision, said in (
         ("openvino", out, None, "fp32", "target 'openvino' is unknown; engines are tensorrt-rtx or tensorrt"),
-        ("tensorrt-rtx", tmp_path / "m.onnx", None, "fp32", r"m\.onnx: an engine's file name must end in \.engine"),
+        ("tensorrt-rtx", tmp_path / "m.onnx", None, "fp32", r"m\.onnx: the file's name must end in \.engine"),
         ("tensorrt-rtx", out, ["sm86", "sm90"], "fp32", f"GPU 'sm90' is unknown; allowed: {', '.join(GPUS)}"),
         ("tensorrt-rtx", out, ["sm86", "sm86"], "fp32", "GPU 'sm86' is there twice"),
         ("tensorrt-rtx", out, [], "fp32", "no GPU is named; allowed: sm75"),
@@ -294,7 +262,7 @@ def test_the_parser_says_why(tmp_path: Path) -> None:
 
 
 def test_the_builder_says_why(folder: Path) -> None:
-    network = EngineNetwork(trt, folder / "fp32.onnx")
+    network = EngineNetwork(trt, folder / "tiny.onnx")
     backwards = LengthProfile(fewest_tokens=9, best_tokens=5, most_tokens=22, best_rows=1, most_rows=1)
     with pytest.raises(InputError, match=r"does not take the profile \(\(1, 9\), \(1, 5\), \(1, 22\)\): \S+"):
         network.build(RTX, [backwards])
@@ -311,8 +279,8 @@ def test_what_the_package_keeps_silent_about(folder: Path, monkeypatch: pytest.M
     silent.NetworkDefinitionCreationFlag = trt.NetworkDefinitionCreationFlag
     silent.Builder = lambda logger: builder
     with pytest.raises(InputError, match="makes no network: it gave no reason"):
-        EngineNetwork(silent, folder / "fp32.onnx")
-    network = EngineNetwork(trt, folder / "fp32.onnx")
+        EngineNetwork(silent, folder / "tiny.onnx")
+    network = EngineNetwork(trt, folder / "tiny.onnx")
     made = network._builder
     config = SimpleNamespace(set_compute_capability=lambda *given: False)
     network._builder = SimpleNamespace(create_builder_config=lambda: None)
@@ -340,7 +308,7 @@ def test_wrong_numbers_are_told_before_the_graph(folder: Path, tmp_path: Path, m
     monkeypatch.setattr(tensorrt_export, "export_onnx", lambda *given, **options: pytest.fail("too late"))
     for options, said in (({"profiles": 0}, "profiles must be"), ({"lengths": []}, "lengths must be 1 or more, got n")):
         with pytest.raises(InputError, match=said):
-            export_tensorrt(_family(folder)[:1], tmp_path / "m.engine", **options)
+            export_tensorrt(exported_family(folder)[:1], tmp_path / "m.engine", **options)
 
 
 def test_sidecar_names() -> None:

@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from protnest.engine import InputError, load_model, tensorrt_execution
+from protnest.engine import InputError, load_model, tensorrt_execution, tensorrt_sidecar
 from protnest.engine.exported_encoder import ExportedEncoder
 from protnest.engine.length_profiles import choose_profiles
 from protnest.engine.models import load_encoder
-from protnest.engine.onnx_export import export_onnx
-from protnest.engine.onnx_model import pad_tokens
+from protnest.engine.onnx_model import pad_tokens, read_facts
 from protnest.engine.onnx_runner import OnnxRunner
 from protnest.engine.packing import pack
 from protnest.engine.tensorrt_execution import EngineExecution, check_gpu
@@ -26,10 +25,19 @@ from protnest.engine.tensorrt_export import export_tensorrt
 from protnest.engine.tensorrt_model import TensorRTModel
 from protnest.engine.tensorrt_sidecar import seal_facts, sidecar_path
 
-from support.learning import toy_encoder
+from support.exported import exported_family, tiny_export, with_outputs
+from support.learning import TOY
+
+pytestmark = pytest.mark.export
 
 FACTS: dict[str, Any] = {
     "target": "tensorrt-rtx",
+    "models": [{"name": "toy", "width": 16, "fingerprint": "ab", "config": dataclasses.asdict(TOY)}],
+    "language_head": None,
+    "chain": None,
+    "widths": [16],
+    "precision": "fp32",
+    "opset": 20,
     "outputs": {"residue": ["batch", "length", 4], "mean": ["batch", 4]},
     "limits": {"max_residues": 20, "max_tokens": 22},
     "gpus": ["sm86", "sm89"],
@@ -107,8 +115,10 @@ def test_another_generation_of_gpus() -> None:
     said = r"m\.engine: is built for sm86, sm89, and this GPU \(RTX 5090\) is sm120: .* --gpu sm120"
     with pytest.raises(InputError, match=said):
         check_gpu(FACTS, (12, 0), "RTX 5090", file=Path("m.engine"))
-    with pytest.raises(InputError, match="is sm90"):
+    with pytest.raises(InputError, match=r"is sm90: TensorRT-RTX builds for sm75, .* alone"):
         check_gpu(FACTS, (9, 0), "H100", file=Path("m.engine"))
+    with pytest.raises(InputError, match="is sm90: `protnest export --target tensorrt` on this machine builds"):
+        check_gpu(FACTS | {"target": "tensorrt"}, (9, 0), "H100", file=Path("m.engine"))
 
 
 class FakePackage(SimpleNamespace):
@@ -188,8 +198,17 @@ def test_what_the_runtime_keeps_silent_about(engine: Path, on_a_cpu: pytest.Monk
         with pytest.raises(InputError, match=said):
             EngineExecution(engine, FACTS, device="cpu")
     on_a_cpu.setitem(sys.modules, "tensorrt_rtx", FakePackage(runs=False))
-    with pytest.raises(RuntimeError, match="TensorRT does not take the batch: the reason"):
-        EngineExecution(engine, FACTS, device="cpu").run(1, np.full((2, 9), 5), ["mean"])
+    execution: Any = EngineExecution(engine, FACTS, device="cpu")
+    for reason, kind in (("the reason", InputError), ("CUDA: Out of memory", torch.OutOfMemoryError)):
+        # What was said before is not this batch's.
+        execution._logger.errors[:] = ["out of memory"]
+        on_a_cpu.setattr(
+            execution._context,
+            "execute_async_v3",
+            lambda stream, reason=reason: execution._logger.log(1, reason),
+        )
+        with pytest.raises(kind, match=f"TensorRT does not take the batch: {reason}$"):
+            execution.run(1, np.full((2, 9), 5), ["mean"])
 
 
 def test_missing_package_and_missing_gpu(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,12 +227,14 @@ def test_missing_package_and_missing_gpu(engine: Path, monkeypatch: pytest.Monke
 def test_an_engine_is_loaded_as_an_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """ONNX Runtime stands in for the GPU."""
     pytest.importorskip("onnxruntime")
-    encoder = toy_encoder(0)
-    facts = export_onnx([encoder], tmp_path / "m.onnx", outputs=["residue", "logits"], max_residues=20)
+    pytest.importorskip("onnxscript")
+    encoder = exported_family(tiny_export())[-1]
+    graph = with_outputs(tiny_export() / "tiny.onnx", ["residue", "logits"], tmp_path / "m.onnx")
+    facts = read_facts(graph)
     engine = tmp_path / "m.engine"
     engine.write_bytes(b"made up")
     sidecar_path(engine).write_text(seal_facts(FACTS | facts, engine))
-    runner = OnnxRunner(tmp_path / "m.onnx")
+    runner = OnnxRunner(graph)
     asked: list[str] = []
 
     class OnCpu:
@@ -229,7 +250,10 @@ def test_an_engine_is_loaded_as_an_encoder(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(InputError, match=r"m\.engine: is fp32, got precision 'fp16'"):
         load_model(engine, precision="fp16")
     assert asked == []
+    digests, digest = [], tensorrt_sidecar._digest
+    monkeypatch.setattr(tensorrt_sidecar, "_digest", lambda path: digests.append(path) or digest(path))
     found = load_model(engine)
+    assert digests == [engine]  # Gigabytes are read once.
     assert isinstance(found, ExportedEncoder)
     assert (asked, found.runtime, found.device.type, found.config.max_residues) == (
         ["cuda"],

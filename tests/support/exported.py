@@ -14,6 +14,8 @@ from protnest.engine import Encoder
 from protnest.engine.checkpoint import save_checkpoint
 from protnest.engine.cli import app
 from protnest.engine.models import load_encoder
+from protnest.engine.onnx_model import read_facts
+from protnest.engine.tensorrt_sidecar import seal_facts, sidecar_path
 from typer.testing import CliRunner
 
 from support.families import random_chain, tiny_family
@@ -63,6 +65,17 @@ def with_outputs(path: Path, outputs: Sequence[str], out: Path, **changed: Any) 
     del model.metadata_props[:]
     onnx.helper.set_model_props(model, props | {"protnest": json.dumps(facts | changed)})
     onnx.save(model, str(out))
+    return out
+
+
+def made_up_engine(graph: Path, out: Path) -> Path:
+    """A file of made-up bytes, whose sidecar tells of the graph, and of RTX 30 and 40."""
+    facts = read_facts(graph)
+    longest = facts["limits"]["max_tokens"]
+    profile = {"fewest_tokens": 3, "best_tokens": 10, "most_tokens": longest, "best_rows": 4, "most_rows": 8}
+    facts |= {"target": "tensorrt-rtx", "gpus": ["sm86", "sm89"], "profiles": [profile]}
+    out.write_bytes(b"made up")
+    sidecar_path(out).write_text(seal_facts(facts, out))
     return out
 
 
