@@ -123,9 +123,8 @@ def write_shard(
         arrays: `embeddings` (n, D), and with pool=residue `offsets`.
     """
     shard = Shard(number, 0, 0)
-    index_path, path = folder / shard.index_file, folder / shard.file
-    write_index(index_path, index_table(entries))
-    write_atomically(path, lambda temporary: _save(arrays, temporary))
+    write_index(folder / shard.index_file, index_table(entries))
+    write_atomically(folder / shard.file, lambda temporary: _save(arrays, temporary))
     return _describe(folder, number)
 
 
@@ -240,7 +239,7 @@ class StoreWriter:
                     index.unlink()
                 self._tidy()
                 if not self.complete:
-                    self._adopt(listed={shard["number"] for shard in run["shards"]})
+                    self._adopt(listed={shard.number for shard in listed})
                 return
             if not self.overwrite:
                 message = f"holds a run with other settings ({'; '.join(changed)}); choose another --out or --overwrite"
@@ -376,12 +375,13 @@ def discard(folder: Path, numbers: set[int], *, index: bool) -> None:
     shards = read_shards(folder, run)
     kept = [shard for shard in shards if shard.number not in numbers]
     changed = {"complete": False, "rows": sum(shard.rows for shard in kept), "shards": [vars(shard) for shard in kept]}
-    # run.json goes first: nothing may be listed as finished that is on its way out.
+    removed = [shard for shard in shards if shard.number in numbers]
+    # Without its part of the index a shard is adopted by no run; and none may be listed that is on its way out.
+    for shard in removed:
+        (folder / shard.index_file).unlink(missing_ok=True)
     _write_run(folder, {**run, **changed})
-    for shard in shards:
-        if shard.number in numbers:
-            (folder / shard.file).unlink(missing_ok=True)
-            (folder / shard.index_file).unlink(missing_ok=True)
+    for shard in removed:
+        (folder / shard.file).unlink(missing_ok=True)
     if index:
         (folder / INDEX_FILE).unlink(missing_ok=True)
 

@@ -345,7 +345,7 @@ class _Verification:
             if is_temporary(name):
                 self._notes.append(f"{name}: left by a killed run; the next one removes it")
             elif name.startswith("part-") and is_own(name):
-                why = "left by a killed run" if complete else "not listed yet, made again when the run goes on"
+                why = "left by a killed run" if complete else "not listed yet; the run that goes on sees to it"
                 self._notes.append(f"{name}: {why}")
             elif is_copy(name):
                 self._notes.append(f"{name}: a copy in another format, not checked")

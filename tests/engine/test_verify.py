@@ -161,18 +161,29 @@ def test_a_run_mends_what_it_sees_by_itself(tmp_path: Path, stores: _Stores) -> 
     DAMAGES["index"][0](folder)
     assert stores.embed(folder, "mean") == 4
     assert _contents(folder) == whole
+    (folder / "index.parquet").unlink()
+    assert stores.embed(folder, "mean") == 0
+    assert _contents(folder) == whole
 
 
-def test_discarding_that_is_killed_leaves_an_unfinished_run(tmp_path: Path, stores: _Stores) -> None:
+@pytest.mark.parametrize("unfinished", [False, True])
+def test_discarding_that_is_killed_keeps_no_damage(tmp_path: Path, stores: _Stores, unfinished: bool) -> None:
     folder = stores.copy("mean", tmp_path / "store")
     whole = _contents(folder)
     DAMAGES["a bit"][0](folder)
 
+    if unfinished:
+        _unfinish(folder, 5)
+    real = Path.unlink
+
     def fail(path: Path, missing_ok: bool = False) -> None:
-        raise KeyboardInterrupt
+        if path.suffix == ".safetensors":
+            raise KeyboardInterrupt
+        real(path, missing_ok=missing_ok)
 
     with mock.patch.object(Path, "unlink", fail), pytest.raises(KeyboardInterrupt):
         verify_store(folder, remove=True)
+    assert (folder / "part-00002.safetensors").exists()
     verdict = verify_store(folder)
     assert (verdict.complete, verdict.shards, verdict.damages) == (False, 4, [])
     assert stores.embed(folder, "mean") == 4
