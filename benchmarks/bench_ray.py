@@ -10,6 +10,7 @@ difference ends the run with exit code 1. See `benchmarks/README.md` for what ea
 
 from __future__ import annotations
 
+import math
 import statistics
 import tempfile
 import time
@@ -126,7 +127,7 @@ def measure(fasta: Path, plan: EmbedderPlan, options: LibraryOptions, pairs: int
     """Interleaved pairs; one row an engine.
 
     Raises:
-        RuntimeError: the engines disagree.
+        RuntimeError: the engines disagree, or the library is too small.
     """
     runs: dict[str, list[Run]] = {engine: [] for engine in ENGINES}
     for pair in range(pairs):
@@ -136,6 +137,9 @@ def measure(fasta: Path, plan: EmbedderPlan, options: LibraryOptions, pairs: int
                 embed = run_native if engine == "native" else run_ray
                 runs[engine].append(embed(fasta, folder / engine, plan, options))
             check_rows(folder / "native", folder / "ray")
+            if any(math.isnan(each[-1].residues_per_s) for each in runs.values()):
+                message = "too few blocks to tell a pace: more --proteins, or a smaller --shard-records"
+                raise RuntimeError(message)
     return [_row(engine, runs[engine], runs["native"]) for engine in ENGINES]
 
 

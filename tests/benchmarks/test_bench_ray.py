@@ -66,6 +66,14 @@ def test_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: float, exi
     assert (ray["whole_s"], ray["without_cluster_s"], ray["all_cluster_s"], ray["pairs"]) == (3.0, 2.0, [1.0, 1.0], 2)
 
 
+def test_too_small_a_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_ray, "run_native", lambda *_: bench_ray.Run(2.0, 0.0, float("nan")))
+    monkeypatch.setattr(bench_ray, "run_ray", lambda *_: bench_ray.Run(2.0, 0.0, 1.0))
+    monkeypatch.setattr(bench_ray, "check_rows", lambda *_: None)
+    with pytest.raises(RuntimeError, match="too few blocks to tell a pace"):
+        bench_ray.measure(tmp_path, EmbedderPlan(), LibraryOptions(), 1)
+
+
 def test_pace_leaves_out_both_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     moments = iter((100.0, 102.0, 104.0, 200.0))
     monkeypatch.setattr(bench_ray.time, "perf_counter", lambda: next(moments))
