@@ -11,7 +11,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -164,7 +164,7 @@ def _facts(plan: EmbedderPlan) -> EmbedderFacts:
 
 def map_blocks(
     read: Callable[[], Iterator[pa.Table]], worker: type, arguments: dict[str, Any], placement: Placement
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any], None, None]:
     """Reads tables of one row each, on the driver's node and never far ahead, and has workers take one at a time.
 
     A worker that dies is replaced, and what it had is done again, as often as it takes. Rows come in whatever order

@@ -210,8 +210,10 @@ class _Run:
             },
             self._placement,
         )
-        for report in reports:
-            self._hear(report)
+        # Closed at once after an error, while there still is a cluster on which to stop what runs.
+        with contextlib.closing(reports):
+            for report in reports:
+                self._hear(report)
         spent = self._placement.workers * (time.perf_counter() - started)
         # All that a worker neither embedded nor wrote: Ray started it, or it had nothing to do.
         self._times.awaiting_reader = max(0.0, spent - self._times.model - self._times.awaiting_writer)

@@ -43,9 +43,12 @@ def test_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: float, exi
     model = save_tiny_model(tmp_path / "tiny")
     fasta = write_fasta(tmp_path / "in.fasta", random_proteins(40))
     monkeypatch.setattr(bench_ray, "check_ray", lambda: None)
-    monkeypatch.setattr(
-        bench_ray, "run_native", lambda *given: (embed_library(*given), bench_ray.Run(2.0, 0.0, 100.0))[1]
-    )
+
+    def run_native(*given: Any) -> bench_ray.Run:
+        embed_library(*given)
+        return bench_ray.Run(2.0, 0.0, 100.0)
+
+    monkeypatch.setattr(bench_ray, "run_native", run_native)
     monkeypatch.setattr(bench_ray, "run_ray", stand_in(error))
     out = tmp_path / "rows.jsonl"
     options = ["--pairs", "2", "--proteins", "12", "--workers", "1", "--fasta", str(fasta), "--model", str(model)]
@@ -62,12 +65,23 @@ def test_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: float, exi
     assert (ray["whole_s"], ray["without_cluster_s"], ray["all_cluster_s"], ray["pairs"]) == (3.0, 2.0, [1.0, 1.0], 2)
 
 
-def test_pace_begins_with_the_first_sign(monkeypatch: pytest.MonkeyPatch) -> None:
-    moments = iter((10.0, 12.0, 14.0))
+def test_too_small_a_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_ray, "run_native", lambda *_: bench_ray.Run(2.0, 0.0, float("nan")))
+    monkeypatch.setattr(bench_ray, "run_ray", lambda *_: bench_ray.Run(2.0, 0.0, 1.0))
+    monkeypatch.setattr(bench_ray, "check_rows", lambda *_: None)
+    with pytest.raises(RuntimeError, match="too few blocks to tell a pace"):
+        bench_ray.measure(tmp_path, EmbedderPlan(), LibraryOptions(), 1)
+
+
+def test_pace_leaves_out_both_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    moments = iter((100.0, 102.0, 104.0, 200.0))
     monkeypatch.setattr(bench_ray.time, "perf_counter", lambda: next(moments))
     pace = bench_ray.Pace()
     pace.start(3, 300, 0)
-    assert np.isnan(pace.residues_per_s)
-    for _ in range(3):
-        pace.advance(100)
-    assert pace.residues_per_s == 50.0
+    for residues in (20, 10, 61, 9):
+        pace.advance(residues)
+    assert pace.residues_per_s == 61 / 2
+    one = bench_ray.Pace()
+    monkeypatch.setattr(bench_ray.time, "perf_counter", lambda: 1.0)
+    one.advance(5)
+    assert np.isnan(one.residues_per_s)

@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from protnest.engine.library import LibraryOptions
 from protnest.engine.ray_cluster import start_local
 from protnest.engine.ray_library import embed_on_ray
 from protnest.engine.table_source import TableSource
+from safetensors.numpy import load_file, save_file
 
 from support.tiny import random_proteins, save_tiny_model, write_fasta
 
@@ -205,6 +207,24 @@ def test_a_record_at_fault_is_named(tmp_path: Path, plan: EmbedderPlan, cluster:
     with pytest.raises(InputError, match=r"in\.fasta, line 3, record 2 \(bad\): on line 4, 'J' at residue 2"):
         embed_on_ray(str(tmp_path / "in.fasta"), str(tmp_path / "out"), plan, ONE)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_record_that_cannot_be_embedded_ends_the_run(tmp_path: Path, plan: EmbedderPlan, cluster: str) -> None:
+    """It is found by a worker, which knows no lines; what was finished stays."""
+    model = tmp_path / "huge"
+    shutil.copytree(plan.models[0], model)
+    tensors = load_file(model / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("emb_layer_norm_after.weight"))
+    tensors[name] = tensors[name] * 1e30
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    fasta = write_fasta(tmp_path / "in.fasta", random_proteins(50))
+    huge = EmbedderPlan(**{**vars(plan), "models": (str(model),)})
+    options = LibraryOptions(workers=1, shard_records=20, storage_dtype="fp16")
+    with pytest.raises(
+        InputError, match=r"in\.fasta, line \d+, record \d+ \(protein\d+\): the embedding is not finite"
+    ):
+        embed_on_ray(str(fasta), str(tmp_path / "out"), huge, options)
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["complete"] is False
 
 
 def test_vanished_blocks_are_missed(tmp_path: Path, plan: EmbedderPlan, cluster: str) -> None:
