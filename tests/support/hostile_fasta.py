@@ -28,11 +28,13 @@ class Expected:
     """One record as it must come out.
 
     Attributes:
+        id: the header's first word; None where there is none.
         header: its text without the `>`; None where it is no text.
         clean: residues, if they need no mask.
         masked: residues with X for each character that is none; None where the record is rejected even so.
     """
 
+    id: str | None
     header: str | None
     clean: str | None
     masked: str | None
@@ -44,7 +46,7 @@ def expect(data: bytes, name: str) -> list[Expected] | None:
     if name.endswith(".gz") and data and not compressed:
         return None
     if compressed:
-        unpacked = _gunzip(data)
+        unpacked = gunzip(data)
         if unpacked is None:
             return None
         data = unpacked
@@ -62,7 +64,7 @@ def expect(data: bytes, name: str) -> list[Expected] | None:
     return [_judge(header, b"".join(lines)) for header, lines in records] or None
 
 
-def _gunzip(data: bytes) -> bytes | None:
+def gunzip(data: bytes) -> bytes | None:
     """All members of a gzip file, zeros after the last one allowed; None if a bit of it is wrong."""
     parts = []
     while data.strip(b"\0"):
@@ -81,18 +83,21 @@ def _judge(header: bytes, sequence: bytes) -> Expected:
     try:
         name = header.decode("utf-8")
     except UnicodeDecodeError:
-        return Expected(header=None, clean=None, masked=None)
+        return Expected(id=None, header=None, clean=None, masked=None)
     if "\0" in name or not name.split():
-        return Expected(header=None, clean=None, masked=None)
+        return Expected(id=None, header=None, clean=None, masked=None)
+    residues, masked = clean(sequence.decode("utf-8", "surrogateescape"))
+    return Expected(id=name.split()[0], header=name, clean=residues, masked=None if b">" in sequence else masked)
+
+
+def clean(sequence: str) -> tuple[str | None, str | None]:
+    """Residues, and residues with X where something else stands; None for what there is not."""
     text = "".join(
-        chr(ord(letter) - 32) if "a" <= letter <= "z" else letter
-        for letter in sequence.decode("utf-8", "surrogateescape")
-        if letter not in " \t\v\f"
+        chr(ord(letter) - 32) if "a" <= letter <= "z" else letter for letter in sequence if letter not in " \t\r\n\v\f"
     )
     text = text.rstrip("*")
-    is_clean = bool(text) and _RESIDUES.issuperset(text)
     masked = "".join(letter if letter in _RESIDUES else "X" for letter in text)
-    return Expected(header=name, clean=text if is_clean else None, masked=masked if text and ">" not in text else None)
+    return text if text and _RESIDUES.issuperset(text) else None, masked or None
 
 
 _LETTERS = "ACDEFGHIKLMNPQRSTVWY"
@@ -185,7 +190,7 @@ def hostile_file(seed: int) -> tuple[str, bytes]:
     rng = random.Random(seed)
     data = _text(rng)
     if rng.random() < 0.25:
-        data = _damage(rng, data)
+        data = damage(rng, data)
     if rng.random() < 0.08:
         data = _MARK * rng.choice([1, 1, 1, 2]) + data
     if rng.random() < 0.03:
@@ -194,7 +199,7 @@ def hostile_file(seed: int) -> tuple[str, bytes]:
     if rng.random() < 0.25:
         name, data = _compress(rng, data)
     if rng.random() < 0.03:
-        data = _damage(rng, data)
+        data = damage(rng, data)
     if rng.random() < 0.01:
         data = rng.choice([b"", b"\n", b" \r\n\t", b">", b"\x1f", b"\x1f\x8b", rng.randbytes(200)])
     return name, data
@@ -261,7 +266,7 @@ def _compress(rng: random.Random, data: bytes) -> tuple[str, bytes]:
     return rng.choice(["x.fasta.gz", "x.fasta.gz", "x.fasta.gz", "x.fasta", "x.fa"]), kinds[kind]
 
 
-def _damage(rng: random.Random, data: bytes) -> bytes:
+def damage(rng: random.Random, data: bytes) -> bytes:
     """Flips, cuts, splices and repeats, one to four of them."""
     for _ in range(rng.choice([1, 1, 2, 4])):
         begin, end = sorted(rng.randint(0, len(data)) for _ in range(2))
