@@ -14,7 +14,10 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
 DATA ?= ../shared/data/sequences/swissprot201401_nr60k_le1022.fasta.gz
 DMS ?= $(wildcard ../shared/data/dms)
 
-.PHONY: demo family test lint types unit wheel clean
+# Sequences of `make million`.
+COUNT ?= 1000000
+
+.PHONY: demo family million test lint types unit wheel clean
 
 $(BIN)/protnest: pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
@@ -35,6 +38,10 @@ demo: $(BIN)/protnest
 
 family: $(BIN)/protnest
 	$(BIN)/protnest train-family $(DATA) --out out/family $(if $(DMS),--dms $(DMS))
+
+# About two hours on two cores; stopped or killed, the same command goes on. Exit code 1 where memory or time grow.
+million: $(BIN)/protnest
+	$(BIN)/python -m protnest.benchmarks.million $(DATA) --out out/million-$(COUNT) --count $(COUNT) --workers 2 --check
 
 test: lint types unit wheel
 

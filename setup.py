@@ -8,7 +8,7 @@ from setuptools import setup
 FOLDERS = ("engine", "kernels", "kernels/gpu", "training", "benchmarks")
 SOURCES = (
     *("cached_attention", "kd_loss", "level", "next_token", "plan_batches"),
-    *("rotary_attention", "row_passes", "tokenise"),
+    *("rotary_attention", "row_passes", "tokenise", "top_rows"),
 )
 # On Linux the runtime is the very libgomp that torch brings and has loaded: one pool of threads for both, where a
 # second one would wait beside torch's, which spins. Elsewhere `simd` alone, which needs no runtime: one thread.

@@ -28,6 +28,14 @@ from protnest.benchmarks.variant_library import write_variants
 _TICKS_PER_S = 100  # What Linux counts processor time in, whatever its own clock is.
 _PERIOD_S = 0.5
 
+MOST_GROWTH_BYTES = 300 * 10**6
+"""Of the peak, from the part to the whole."""
+MOST_IDLE = 0.05
+"""Of the workers' time, in which no model ran."""
+MOST_DRIFT = 0.05
+"""Of processor time a shard, from the first tenth to the last."""
+_LEAST_SHARDS = 100
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
@@ -146,7 +154,9 @@ def run(source: Path, out: Path, *, count: int, part: int, options: list[str]) -
     return {
         "kind": "million",
         "sequences": report["sequences"],
+        "asked": count,
         "part": part,
+        "shards": samples["whole"][-1].shards,
         "model": report["model"],
         "workers": report["workers"],
         "resumed": report["resumed"],
@@ -163,6 +173,25 @@ def run(source: Path, out: Path, *, count: int, part: int, options: list[str]) -
     }
 
 
+def misses(row: Row) -> list[str]:
+    """What a run should have reached and did not, in words. Of fewer than 100 shards tenths say nothing."""
+    missed = []
+    if row["sequences"] != row["asked"]:
+        missed.append(f"{row['sequences']:,} sequences of {row['asked']:,} are in the store")
+    if row["peak_grows_by_bytes"] > MOST_GROWTH_BYTES:
+        grown, allowed = row["peak_grows_by_bytes"] / 1e6, MOST_GROWTH_BYTES / 1e6
+        missed.append(f"memory grew by {grown:,.0f} MB, allowed are {allowed:,.0f}")
+    if row["idle_share"] is not None and row["idle_share"] > MOST_IDLE:
+        missed.append(f"stages beside the model took {row['idle_share']:.1%} of the time, allowed are {MOST_IDLE:.0%}")
+    ratio = row["last_tenth_over_first"]
+    if row["shards"] >= _LEAST_SHARDS and ratio is not None and abs(ratio - 1) > MOST_DRIFT:
+        missed.append(
+            f"the last tenth of shards took {ratio:.3f} of the first's processor time, allowed are "
+            f"{1 - MOST_DRIFT} to {1 + MOST_DRIFT}"
+        )
+    return missed
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -172,6 +201,9 @@ def main() -> None:
     parser.add_argument("--part", type=int, default=20_000, help="sequences of the small part")
     parser.add_argument("--model", default="nano-xs")
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument(
+        "--check", action="store_true", help="exit with 1 where memory or time grow, or the model waits"
+    )
     parser.add_argument("--rows", type=Path, help="file of JSON lines to which the result is added")
     args = parser.parse_args()
     options = ["--model", args.model, "--workers", str(args.workers), "--device", "cpu"]
@@ -179,6 +211,8 @@ def main() -> None:
     if args.rows is not None:
         append_rows(args.rows, [row | machine_facts(torch.device("cpu"))])
     print(json.dumps(row, indent=1))
+    if args.check and (missed := misses(row)):
+        raise SystemExit("\n".join(missed))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@
 #include "rotary_attention.hpp"
 #include "row_passes.hpp"
 #include "tokenise.hpp"
+#include "top_rows.hpp"
 
 namespace py = pybind11;
 
@@ -254,6 +255,23 @@ void quantise_rows(const Floats& x, const py::tuple& target, const std::string& 
     protnest::quantise_rows(N, C, data, chosen, threads, to);
 }
 
+void top_rows(const Floats& rows, std::int64_t first, const Floats& queries, py::array& scores, py::array& numbers,
+              const std::string& level, int threads) {
+    if (rows.ndim() != 2 || queries.ndim() != 2 || scores.ndim() != 2 || rows.shape(1) != queries.shape(1)) {
+        throw py::value_error("rows, queries and scores must have two dimensions, rows and queries the same width");
+    }
+    const py::ssize_t N = rows.shape(0), K = rows.shape(1), Q = queries.shape(0), k = scores.shape(1);
+    if (k < 1 || scores.shape(0) != Q) throw py::value_error("scores must be (queries, k)");
+    expect_block(rows, N * K, sizeof(float)), expect_block(queries, Q * K, sizeof(float));
+    expect_block(scores, Q * k, sizeof(float)), expect_block(numbers, Q * k, sizeof(std::int64_t));
+    const protnest::Level chosen = protnest::level_named(level);
+    const float *of_rows = rows.data(), *of_queries = queries.data();
+    const protnest::BestRows best{k, static_cast<float*>(scores.mutable_data()),
+                                  static_cast<std::int64_t*>(numbers.mutable_data())};
+    const py::gil_scoped_release release;
+    protnest::top_rows(N, K, Q, of_rows, first, of_queries, best, chosen, threads);
+}
+
 // Rows of each sequence lie in it.
 void expect_rows(const Integers& rows, const Integers& cu_rows, const std::int32_t* ends, std::int64_t sequences) {
     if (cu_rows.size() != sequences + 1 || cu_rows.data()[0] != 0 || cu_rows.data()[sequences] != rows.size()) {
@@ -413,6 +431,8 @@ PYBIND11_MODULE(_C, module) {
                py::arg("minus"), py::arg("target"), py::arg("level"), py::arg("threads"));
     module.def("quantise_rows", &quantise_rows, py::arg("x").noconvert(), py::arg("target"), py::arg("level"),
                py::arg("threads"));
+    module.def("top_rows", &top_rows, py::arg("rows").noconvert(), py::arg("first"), py::arg("queries").noconvert(),
+               py::arg("scores").noconvert(), py::arg("numbers").noconvert(), py::arg("level"), py::arg("threads"));
     module.def("plan_batches", &plan_batches, py::arg("lengths").noconvert(), py::arg("max_tokens"));
     module.def("kd_loss_forward", &kd_loss_forward, py::arg("student").noconvert(), py::arg("teacher").noconvert(),
                py::arg("labels").noconvert(), py::arg("soft").noconvert(), py::arg("hard").noconvert(),

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, unique: bool = False) -> Iterator[Path]:
     """Yields a temporary path beside `path`; what was written there is flushed to the disk and renamed into place.
 
     After an error nothing is left of it, and `path` is what it was.
+
+    Args:
+        path: the file.
+        unique: nobody else has this temporary path, for a file that two processes may be writing.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp" if unique else f".{path.name}.tmp")
     try:
         yield temporary
         temporary.chmod(0o666 & ~_umask())  # safetensors writes files that only their owner can read

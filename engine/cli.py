@@ -20,12 +20,16 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from .allocator import keep_memory
+from .convert_command import convert
 from .cpus import limit_threads
 from .embed_command import embed
 from .errors import InputError
 from .export_command import export, print_facts
 from .generate_command import generate
+from .merge_command import merge
 from .score_command import score
+from .search_command import search
+from .verify_command import verify
 
 _ENTRY_POINTS = "protnest.commands"
 _FAILED = 1
@@ -232,6 +236,10 @@ app.command()(embed)
 app.command()(score)
 app.command()(generate)
 app.command()(export)
+app.command()(search)
+app.command()(verify)
+app.command()(merge)
+app.command()(convert)
 
 
 def main() -> None:

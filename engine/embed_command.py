@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -41,14 +42,20 @@ def _check_usage(
 
 def embed(
     library: Annotated[
-        Path,
+        str,
         typer.Argument(
             help="Proteins: FASTA, plain or .gz; or a table: .csv, .tsv (or .gz), .parquet. With --wt a table of "
-            "variants, or a .txt with one a line.",
+            "variants, or a .txt with one a line. With --engine ray it may be a URI.",
             metavar="FILE",
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder for the embeddings; an unfinished run in it is resumed.")],
+    out: Annotated[
+        str,
+        typer.Option(
+            help="Folder for the embeddings; an unfinished run in it is resumed. With --engine ray it may be a URI.",
+            metavar="DIRECTORY",
+        ),
+    ],
     model: Annotated[
         str | None,
         typer.Option(
@@ -127,9 +134,16 @@ def embed(
         int | None, typer.Option(help="Most tokens in a batch.", min=1, show_default="4096 on a CPU, 65536 on a GPU")
     ] = None,
     output_format: Annotated[
-        Literal["safetensors", "parquet", "h5", "npy", "pt"],
-        typer.Option("--format", help="Beside the safetensors shards, write this format at the end."),
-    ] = "safetensors",
+        Literal["safetensors", "parquet", "h5", "npy", "pt", "lance"] | None,
+        typer.Option(
+            "--format",
+            help="Beside the safetensors shards, write this format at the end. With --engine ray: parquet or lance.",
+            show_default="safetensors; with --engine ray parquet",
+        ),
+    ] = None,
+    engine: Annotated[
+        Literal["native", "ray"], typer.Option(help="native: this machine. ray: a Ray cluster, or a local one.")
+    ] = "native",
     storage_dtype: Annotated[Literal["fp32", "fp16"], typer.Option(help="How embeddings are stored.")] = "fp32",
     shard: Annotated[
         str, typer.Option(help="I/N: of all output shards, embed every N-th from the I-th on.", callback=_parse_shard)
@@ -162,12 +176,14 @@ def embed(
     from .library import LibraryOptions, embed_library
     from .library_source import open_source
     from .progress import ResidueProgress
+    from .ray_library import embed_on_ray
 
-    _check_usage(library, id_col, seq_col, wt, target, offset)
+    _check_usage(Path(library), id_col, seq_col, wt, target, offset)
     if chain is not None and layer is not None:
         message = "--layer with --chain: a chain is fitted on last layers"
         raise typer.BadParameter(message)
-    check_format(output_format)
+    if engine == "native":
+        check_format(output_format or "safetensors")
     started = time.perf_counter()
     plan = EmbedderPlan(
         models=() if model is None else tuple(model.split(",")),
@@ -191,8 +207,8 @@ def embed(
         workers=workers,
     )
     with ResidueProgress(Console(stderr=True, soft_wrap=True)) as progress:
-        source = open_source(
-            library,
+        reading = partial(
+            open_source,
             invalid=invalid,
             id_column=id_col,
             sequence_column=seq_col,
@@ -200,10 +216,32 @@ def embed(
             target=target,
             offset=offset,
         )
-        result = embed_library(
-            source, out, plan, options, details={"versions": versions()}, overwrite=overwrite, progress=progress
-        )
-    written = out if output_format == "safetensors" else convert(read_embeddings(out), out, output_format)
+        details = {"versions": versions()}
+        if engine == "ray":
+            result = embed_on_ray(
+                library,
+                out,
+                plan,
+                options,
+                output_format=output_format or "parquet",
+                open_source=reading,
+                details=details,
+                overwrite=overwrite,
+                progress=progress,
+            )
+        else:
+            result = embed_library(
+                reading(Path(library)),
+                Path(out),
+                plan,
+                options,
+                details=details,
+                overwrite=overwrite,
+                progress=progress,
+            )
+    written: str | Path = out
+    if engine == "native" and output_format not in (None, "safetensors"):
+        written = convert(read_embeddings(out), Path(out), output_format)
     seconds = progress.seconds
     report: dict[str, Any] = {
         "out": str(written),

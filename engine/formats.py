@@ -5,26 +5,36 @@ npy      embeddings.npy (n, D), in the order of index.parquet; with pool=residue
 h5       embeddings.h5: one dataset a protein, named by its row, with the attribute `original_id`: the convention of
          bio_embeddings. Slow beyond some 100,000 proteins, as every file of that convention is.
 pt       pt/<id>.pt, one file a protein: the convention of fair-esm's extract script
+h5ad     embeddings.h5ad: AnnData, as `Embeddings.to_anndata` makes it, in memory. One embedding a protein.
+csv      embeddings.csv: id, then e0 to e(D-1), each number as short as reads back the same. One embedding a protein.
+
+With --dedup each protein has its own copy, as readers of these formats expect.
 """
 
 from __future__ import annotations
 
+import csv
 import importlib.util
+import os
 import re
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .atomic import write_atomically
-from .embeddings import Embeddings
+from .embeddings import Embeddings, check_anndata
 from .errors import InputError
 
-FORMATS = ("safetensors", "parquet", "h5", "npy", "pt")
+FORMATS = ("safetensors", "parquet", "h5", "npy", "pt", "h5ad", "csv")
+POOLED_ONLY = ("h5ad", "csv")
 _ROWS_AT_ONCE = 4096
+
+Follower = Callable[[int, int], None]
+"""Is told `(done, total)`, in proteins, or rows of the array."""
 
 
 def check_format(name: str) -> None:
@@ -35,27 +45,50 @@ def check_format(name: str) -> None:
     if name == "h5" and importlib.util.find_spec("h5py") is None:
         message = "format h5 needs h5py: pip install 'protnest[h5]'"
         raise InputError(message)
+    if name == "h5ad":
+        check_anndata()
 
 
-def convert(embeddings: Embeddings, folder: Path, name: str) -> Path:
-    """Writes a store's embeddings into `folder` in another format, and returns the path of what was written.
+def default_path(folder: Path, name: str) -> Path:
+    """Where a store's copy lies unless someone says otherwise."""
+    return folder / ("pt" if name == "pt" else f"embeddings.{name}")
+
+
+def convert(
+    embeddings: Embeddings, folder: Path, name: str, *, path: Path | None = None, follow: Follower | None = None
+) -> Path:
+    """Writes a store's embeddings in another format, atomically, and returns the path of what was written.
+
+    Args:
+        embeddings: the store.
+        folder: gets the copy under its usual name, whatever lies there.
+        name: of the format.
+        path: the file, or with "pt" the folder, instead.
+        follow: is told how far it is.
 
     Raises:
-        InputError: the format is unknown, or its package is not installed.
+        InputError: the format is unknown, its package is not installed, or it has no place for residues.
     """
     check_format(name)
+    if embeddings.offsets is not None and name in POOLED_ONLY:
+        others = ", ".join(each for each in FORMATS if each not in (*POOLED_ONLY, "safetensors"))
+        message = f"holds one embedding a residue, and {name} takes one a protein; these take both: {others}"
+        raise InputError(message, file=embeddings.folder)
+    follow = follow or (lambda done, total: None)
+    path = path or default_path(folder, name)
     if name == "pt":
-        return _write_pt(embeddings, folder / "pt")
-    write = {"parquet": _write_parquet, "npy": _write_npy, "h5": _write_h5}[name]
-    path = folder / f"embeddings.{name}"
-
-    def write_one(temporary: Path) -> None:
-        write(embeddings, temporary)
-
-    write_atomically(path, write_one)
+        return _write_pt(embeddings, path, follow)
+    writers = {"parquet": _write_parquet, "npy": _write_npy, "h5": _write_h5, "h5ad": _write_h5ad, "csv": _write_csv}
+    write = writers[name]
     if name == "npy" and embeddings.offsets is not None:
-        write_atomically(folder / "offsets.npy", _saving(embeddings.offsets))
+        write_atomically(offsets_path(path), _saving(embeddings.offsets))
+    write_atomically(path, lambda temporary: write(embeddings, temporary, follow))
     return path
+
+
+def offsets_path(path: Path) -> Path:
+    """Beside an npy file of residues, the one that says where each protein's begin."""
+    return path.with_name("offsets.npy" if path.name == "embeddings.npy" else f"{path.stem}.offsets.npy")
 
 
 def _saving(array: np.ndarray) -> Callable[[Path], None]:
@@ -66,62 +99,109 @@ def _saving(array: np.ndarray) -> Callable[[Path], None]:
     return save
 
 
-def _spans(count: int) -> Iterator[tuple[int, int]]:
+def _spans(count: int, follow: Follower) -> Iterator[tuple[int, int]]:
     for begin in range(0, count, _ROWS_AT_ONCE):
-        yield begin, min(begin + _ROWS_AT_ONCE, count)
+        end = min(begin + _ROWS_AT_ONCE, count)
+        yield begin, end
+        follow(end, count)
 
 
-def _write_parquet(embeddings: Embeddings, path: Path) -> None:
-    width = embeddings.array.shape[1]
-    vector = pa.list_(pa.from_numpy_dtype(embeddings.array.dtype), width)
-    offsets = embeddings.offsets
-    kind = vector if offsets is None else pa.list_(vector)
-    schema = pa.schema([("id", pa.string()), ("embedding", kind)])
+def _write_parquet(embeddings: Embeddings, path: Path, follow: Follower) -> None:
+    batches = embeddings.to_arrow(proteins_at_once=_ROWS_AT_ONCE)
     # Dictionaries only cost time here: no two values are alike.
-    with pq.ParquetWriter(path, schema, use_dictionary=["id"]) as writer:
-        for begin, end in _spans(len(embeddings)):
-            first, last = (begin, end) if offsets is None else (int(offsets[begin]), int(offsets[end]))
-            rows = pa.FixedSizeListArray.from_arrays(pa.array(embeddings.array[first:last].reshape(-1)), type=vector)
-            if offsets is not None:
-                within = pa.array((offsets[begin : end + 1] - first).astype(np.int32))
-                rows = pa.ListArray.from_arrays(within, rows)
-            writer.write_table(pa.table({"id": embeddings.ids[begin:end], "embedding": rows}, schema=schema))
+    with pq.ParquetWriter(path, batches.schema, use_dictionary=["id"]) as writer:
+        done = 0
+        for batch in batches:
+            writer.write_batch(batch)
+            done += len(batch)
+            follow(done, len(embeddings))
 
 
-def _write_npy(embeddings: Embeddings, path: Path) -> None:
+def _write_npy(embeddings: Embeddings, path: Path, follow: Follower) -> None:
     array = embeddings.array
     out = np.lib.format.open_memmap(path, mode="w+", dtype=array.dtype, shape=array.shape)
-    for begin, end in _spans(len(array)):
+    for begin, end in _spans(len(array), follow):
         out[begin:end] = array[begin:end]
     out.flush()
 
 
-def _write_h5(embeddings: Embeddings, path: Path) -> None:
+def _write_h5(embeddings: Embeddings, path: Path, follow: Follower) -> None:
     import h5py
 
     with h5py.File(path, "w") as file:
         for row, name in enumerate(embeddings.ids):
             file.create_dataset(str(row), data=embeddings[row]).attrs["original_id"] = name
+            follow(row + 1, len(embeddings))
 
 
-def _write_pt(embeddings: Embeddings, folder: Path) -> Path:
+def _write_h5ad(embeddings: Embeddings, path: Path, follow: Follower) -> None:
+    embeddings.to_anndata().write_h5ad(path)
+    follow(len(embeddings), len(embeddings))
+
+
+def _write_csv(embeddings: Embeddings, path: Path, follow: Follower) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(["id", *(f"e{place}" for place in range(embeddings.array.shape[1]))])
+        for begin, end in _spans(len(embeddings), follow):
+            # `str` of a numpy number is the shortest text that reads back as the same one.
+            texts = embeddings.array[begin:end].astype(str).tolist()
+            table.writerows([name, *row] for name, row in zip(embeddings.ids[begin:end], texts, strict=True))
+
+
+def _write_pt(embeddings: Embeddings, folder: Path, follow: Follower) -> Path:
     import torch
 
     layer = embeddings.run["settings"].get("layer", embeddings.run["settings"]["layers"])
     key = {"mean": "mean_representations", "bos": "bos_representations", "residue": "representations"}.get(
         embeddings.run["settings"]["pool"], "max_representations"
     )
-    folder.mkdir(exist_ok=True)
-    seen: Counter[str] = Counter()
-    for row, name in enumerate(embeddings.ids):
-        stem = re.sub(r"[/\0]", "_", name)
-        seen[stem] += 1
-        if seen[stem] > 1:
-            stem = f"{stem}.{seen[stem]}"
-        content: dict[str, object] = {"label": name, key: {layer: torch.from_numpy(embeddings[row])}}
-
-        def save(path: Path, content: dict[str, object] = content) -> None:
-            torch.save(content, path)
-
-        write_atomically(folder / f"{stem}.pt", save)
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    _remove_folder(temporary)
+    temporary.mkdir()
+    try:
+        taken: set[str] = set()
+        seen: Counter[str] = Counter()
+        for row, name in enumerate(embeddings.ids):
+            stem = _stem(name, seen, taken)
+            path = temporary / f"{stem}.pt"
+            with path.open("wb") as file:
+                # A copy: `embeddings[row]` may be a view of more, all of which torch would write.
+                torch.save({"label": name, key: {layer: torch.from_numpy(embeddings[row].copy())}}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            follow(row + 1, len(embeddings))
+        _remove_folder(folder)
+        temporary.replace(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     return folder
+
+
+def _stem(name: str, seen: Counter[str], taken: set[str]) -> str:
+    """A name that a file can have, and no other protein's has."""
+    # The longest that file systems allow is 255 bytes.
+    stem = base = re.sub(r"[/\0]", "_", name).encode()[:240].decode(errors="ignore")
+    while stem in taken or not stem.strip("."):
+        seen[base] += 1
+        stem = f"{base}.{seen[base] + 1}"
+    taken.add(stem)
+    return stem
+
+
+def _remove_folder(folder: Path) -> None:
+    """Removes a folder of .pt files, where there is one.
+
+    Raises:
+        InputError: it is no folder, or holds anything else.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        message = "is a file; .pt files are written into a folder"
+        raise InputError(message, file=folder)
+    if foreign := sorted(each.name for each in folder.iterdir() if each.suffix != ".pt"):
+        message = f"holds other things than .pt files ({', '.join(foreign[:3])}): choose another folder"
+        raise InputError(message, file=folder)
+    shutil.rmtree(folder)

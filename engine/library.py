@@ -8,6 +8,7 @@ depends on the file and the settings alone, so a resumed run repeats an interrup
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import tempfile
@@ -26,14 +27,15 @@ from .embedder import Embedder
 from .embedder_plan import EmbedderPlan
 from .errors import InputError
 from .fasta import InvalidPolicy, Record
+from .library_settings import embedder_settings, record_flags
 from .library_source import open_source
 from .library_survey import Survey, record_work, survey_library
 from .record_source import RecordSource, check_rereadable, locate_error
-from .shard_job import STORAGE_DTYPES, RecordFault, ShardJob, cut_jobs, embed_job
+from .shard_job import RecordFault, ShardJob, cut_jobs, embed_job
 from .shard_worker import WorkerPlan
 from .shard_workers import ShardWorkers
 from .stages import Arrays, StageTimes, run_stages
-from .store import Shard, StoreWriter, write_shard
+from .store import STORAGE_DTYPES, Shard, StoreWriter, index_table, write_shard
 
 # A shard is what a crash can cost, and what is held in memory at once.
 SHARD_RECORDS = 2048
@@ -225,22 +227,8 @@ def embed_library(
 
 
 def _settings(source: RecordSource, embedder: Embedder, options: LibraryOptions, survey: Survey) -> dict[str, Any]:
-    largest = embedder.members[-1]
     return {
-        "model": largest.name,
-        "model_fingerprint": largest.fingerprint,
-        "layers": largest.config.layers,
-        # Absent for the last one, as in stores that were written before others could be chosen.
-        **({} if embedder.layer is None else {"layer": embedder.layer}),
-        **_chain_settings(embedder),
-        **_exported_settings(embedder),
-        "width": embedder.dims[-1],
-        "pool": embedder.pool,
-        "precision": embedder.precision,
-        "device": embedder.device.type,
-        "max_tokens": embedder.max_tokens,
-        "long": embedder.long,
-        "max_residues": embedder.max_residues,
+        **embedder_settings(embedder),
         "input_fingerprint": survey.fingerprint,
         "invalid": source.invalid,
         "storage_dtype": options.storage_dtype,
@@ -252,31 +240,12 @@ def _settings(source: RecordSource, embedder: Embedder, options: LibraryOptions,
     }
 
 
-def _chain_settings(embedder: Embedder) -> dict[str, Any]:
-    """Nothing for a single model, whose settings are those of stores that were written before there were chains."""
-    if embedder.chain is None:
-        return {}
-    return {
-        "models": [member.name for member in embedder.members],
-        "model_fingerprints": [member.fingerprint for member in embedder.members],
-        "chain_fingerprint": embedder.chain.fingerprint,
-        "dims": list(embedder.dims),
-    }
-
-
-def _exported_settings(embedder: Embedder) -> dict[str, Any]:
-    """Of an exported file: its runtime, whose bits are not torch's, and the chain inside where its row is taken."""
-    exported = embedder.exported
-    if exported is None:
-        return {}
-    models = exported.facts["models"]
-    return {
-        "runtime": exported.runtime,
-        "models": [model["name"] for model in models],
-        "model_fingerprints": [model["fingerprint"] for model in models],
-        "chain_fingerprint": exported.facts["chain"],
-        "dims": list(embedder.dims),
-    }
+def most_residues(*, width: int, pool: str, is_chain: bool) -> int:
+    """Most residues of a shard, so that what is held in memory at once is bounded."""
+    # With a chain the maximum is taken of projected residues, which wait for the next model in --sequential.
+    if pool == "residue" or (is_chain and pool == "max"):
+        return min(SHARD_RESIDUES, max(1, _SHARD_BYTES // (4 * width)))
+    return SHARD_RESIDUES
 
 
 class _Run:
@@ -351,11 +320,6 @@ class _Run:
 
     def _jobs(self) -> Iterator[ShardJob]:
         """Those that the store lacks; the bar begins with the first."""
-        width = self._embedder.dims[-1]
-        most_residues = SHARD_RESIDUES
-        # With a chain the maximum is taken of projected residues, which wait for the next model in --sequential.
-        if self._embedder.pool == "residue" or (self._embedder.chain is not None and self._embedder.pool == "max"):
-            most_residues = min(most_residues, max(1, _SHARD_BYTES // (4 * width)))
         done = 0
         started = False
         for job in cut_jobs(
@@ -363,11 +327,16 @@ class _Run:
             self._survey,
             flags=self._flags_of,
             max_records=self._options.shard_records,
-            max_residues=most_residues,
+            max_residues=most_residues(
+                width=self._embedder.dims[-1],
+                pool=self._embedder.pool,
+                is_chain=self._embedder.chain is not None,
+            ),
             share=self._options.shard,
         ):
             if job.number in self._store.shards:
                 done += sum(record_work(record, self._embedder) for record in job.fresh)
+                self._store.restore_index(job.number, functools.partial(index_table, job.entries))
                 continue
             if not started:
                 # A job that embeds every N-th shard has about an N-th of the work.
@@ -388,7 +357,4 @@ class _Run:
         self._flags.update(itertools.chain.from_iterable(entry.flags for entry in job.entries))
 
     def _flags_of(self, record: Record) -> tuple[str, ...]:
-        if len(record.sequence) <= self._embedder.max_residues:
-            return record.flags
-        what = {"window": "windowed", "full": "full-length", "truncate": "truncated"}[self._embedder.long]
-        return (*record.flags, what)
+        return record_flags(record, max_residues=self._embedder.max_residues, long=self._embedder.long)

@@ -5,18 +5,35 @@ from __future__ import annotations
 import csv
 import hashlib
 from dataclasses import dataclass, field
-from typing import IO
+from typing import IO, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from .embedder import Embedder
 from .fasta import Record, Reject
 from .record_source import RecordSource, locate_error
 from .windows import residues_run
 
 _DIGEST_BYTES = 16
 """Of a sequence. Of a thousand million sequences two different ones share a digest once in 10^20 libraries."""
+
+
+class Limits(Protocol):
+    """What says how long proteins may be, and how they run: an embedder, or what is known of one."""
+
+    @property
+    def long(self) -> str:
+        """What becomes of proteins beyond `max_residues`."""
+        ...
+
+    @property
+    def max_residues(self) -> int:
+        """Length beyond which `long` decides."""
+        ...
+
+    def why_too_long(self, residues: int) -> str | None:
+        """Why a protein of so many residues cannot be embedded; None where it can."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -51,7 +68,7 @@ class Survey:
 
 
 def survey_library(
-    source: RecordSource, embedder: Embedder, *, rejects: IO[str] | None = None, dedup: bool = False
+    source: RecordSource, embedder: Limits, *, rejects: IO[str] | None = None, dedup: bool = False
 ) -> Survey:
     """Reads a library once: checks every record, counts, and lists what is left out as CSV rows in `rejects`.
 
@@ -103,7 +120,7 @@ def survey_library(
     return Survey(records, residues, longest, beyond, work, rejected, digest.hexdigest(), row_N)
 
 
-def record_work(record: Record, embedder: Embedder) -> int:
+def record_work(record: Record, embedder: Limits) -> int:
     """Residues that are run for a protein."""
     return residues_run(len(record.sequence), max_residues=embedder.max_residues, long=embedder.long)
 

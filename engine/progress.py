@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console
@@ -72,3 +74,11 @@ class ResidueProgress:
         elapsed = time.perf_counter() - self._started
         rate = f"{self._now / elapsed:,.0f} residues/s" if elapsed > 0 else ""
         self._bar.update(self._task, advance=residues, rate=rate)
+
+
+@contextmanager
+def counting(console: Console, doing: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar for work that is counted in anything: yields what is told `(done, total)` as it goes on."""
+    with Progress(console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(doing, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

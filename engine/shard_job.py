@@ -19,9 +19,7 @@ from .fasta import Record
 from .library_survey import Survey
 from .record_source import RecordSource
 from .retry import DoesNotFit
-from .store import Entry
-
-STORAGE_DTYPES: dict[str, npt.DTypeLike] = {"fp32": np.float32, "fp16": np.float16}
+from .store import STORAGE_DTYPES, Entry
 
 _MOST_ENTRIES = 16
 """Records in a shard over those that are embedded in it, so that a million copies of one sequence stay in bounds."""

@@ -19,12 +19,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -35,13 +37,18 @@ from safetensors.numpy import save_file
 from .atomic import write_atomically
 from .errors import InputError
 from .fasta import Record
-from .run_folder import check_empty, differences, enter_folder
+from .run_folder import LOCK_FILE, check_empty, differences, enter_folder
 from .schema_version import check_schema_version
 
 SCHEMA_VERSION = 2
 RUN_FILE = "run.json"
 INDEX_FILE = "index.parquet"
 REJECTS_FILE = "rejects.csv"
+_PART = re.compile(r"part-\d{5,}\.(safetensors|parquet)")
+_COPY = re.compile(r"embeddings\.(parquet|h5|npy|h5ad|csv)")
+
+STORAGE_DTYPES: dict[str, npt.DTypeLike] = {"fp32": np.float32, "fp16": np.float16}
+"""Of embeddings, by the setting's name."""
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -115,7 +122,16 @@ def write_shard(
         entries: its records, in input order.
         arrays: `embeddings` (n, D), and with pool=residue `offsets`.
     """
-    table = pa.table(
+    shard = Shard(number, 0, 0)
+    index_path, path = folder / shard.index_file, folder / shard.file
+    write_index(index_path, index_table(entries))
+    write_atomically(path, lambda temporary: _save(arrays, temporary))
+    return _describe(folder, number)
+
+
+def index_table(entries: Sequence[Entry]) -> pa.Table:
+    """Records as lines of the index."""
+    return pa.table(
         {
             "position": [entry.record.index for entry in entries],
             "id": [entry.record.id for entry in entries],
@@ -126,11 +142,11 @@ def write_shard(
         },
         schema=INDEX_SCHEMA,
     )
-    shard = Shard(number, 0, 0)
-    index_path, path = folder / shard.index_file, folder / shard.file
-    write_atomically(index_path, lambda temporary: pq.write_table(table, temporary))
-    write_atomically(path, lambda temporary: _save(arrays, temporary))
-    return _describe(folder, number)
+
+
+def write_index(path: Path, table: pa.Table) -> None:
+    """Writes a shard's part of the index."""
+    write_atomically(path, lambda temporary: pq.write_table(table, temporary))
 
 
 def _describe(folder: Path, number: int) -> Shard:
@@ -210,14 +226,18 @@ class StoreWriter:
         if (self.folder / RUN_FILE).exists():
             run = read_run(self.folder)
             changed = differences(run["settings"], self.settings)
-            if not changed and run["schema_version"] != SCHEMA_VERSION and not run["complete"]:
+            listed = read_shards(self.folder, run)
+            whole = {shard.number: shard for shard in listed if self._is_whole(shard)}
+            index = self.folder / INDEX_FILE
+            complete = run["complete"] and len(whole) == len(listed) and index.exists()
+            if not changed and run["schema_version"] != SCHEMA_VERSION and not complete:
                 changed = [f"schema version: {run['schema_version']} there, {SCHEMA_VERSION} now"]
             if not changed:
-                self.complete = run["complete"]
+                self.complete, self.shards = complete, whole
                 self._index_sha256 = run.get("index_sha256")
-                found = (Shard(**shard) for shard in run["shards"])
-                self.shards = {shard.number: shard for shard in found if self._is_whole(shard)}
-                self.complete = self.complete and len(self.shards) == len(run["shards"])
+                # An index that run.json does not know of is made again of its parts, and a damaged one of the library.
+                if not complete and index.exists() and checksum(index) != self._index_sha256:
+                    index.unlink()
                 self._tidy()
                 if not self.complete:
                     self._adopt(listed={shard["number"] for shard in run["shards"]})
@@ -232,8 +252,7 @@ class StoreWriter:
 
     def _is_whole(self, shard: Shard) -> bool:
         path = self.folder / shard.file
-        indexed = (self.folder / shard.index_file).exists() or (self.folder / INDEX_FILE).exists()
-        return indexed and path.exists() and path.stat().st_size == shard.size_bytes
+        return path.exists() and path.stat().st_size == shard.size_bytes
 
     def _tidy(self) -> None:
         """Removes what a killed run was writing, or had no time left to remove."""
@@ -241,7 +260,10 @@ class StoreWriter:
         if self.complete:
             leftovers += [self.folder / shard.index_file for shard in self.shards.values()]
         for path in leftovers:
-            path.unlink(missing_ok=True)
+            if path.is_dir():  # A copy of files was being written.
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
     def _adopt(self, listed: set[int]) -> None:
         """Lists shards that were written whole, by a run that was killed before it listed them.
@@ -272,13 +294,26 @@ class StoreWriter:
             "index_sha256": self._index_sha256,
             **self.details,
         }
-        text = json.dumps(run, indent=1) + "\n"
-        write_atomically(self.folder / RUN_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+        _write_run(self.folder, run)
 
     def add(self, shard: Shard) -> None:
         """Lists a shard that `write_shard` wrote as finished."""
         self.shards[shard.number] = shard
         self._write_run()
+
+    def restore_index(self, number: int, table: Callable[[], pa.Table]) -> None:
+        """Sees to it that a finished shard's part of the index is there, where no index of the whole run holds it.
+
+        Args:
+            number: of the shard.
+            table: its lines of the index; called if they are needed.
+        """
+        shard = self.shards[number]
+        path = self.folder / shard.index_file
+        if (self.folder / INDEX_FILE).exists() or (path.exists() and checksum(path) == shard.index_sha256):
+            return
+        write_index(path, table())
+        self.shards[number] = replace(shard, index_sha256=checksum(path))
 
     def write_rejects(self, rejects: IO[str]) -> None:
         """Writes the CSV text of `rejects` as the store's list of records left out."""
@@ -318,6 +353,54 @@ class StoreWriter:
         return len(ids) - int(pc.count_distinct(ids).as_py())
 
 
+def _write_run(folder: Path, run: dict[str, Any]) -> None:
+    text = json.dumps(run, indent=1) + "\n"
+    write_atomically(folder / RUN_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def discard(folder: Path, numbers: set[int], *, index: bool) -> None:
+    """Takes shards off a store, so that the same run makes them again. The caller holds the folder's lock.
+
+    Args:
+        folder: the store.
+        numbers: of the shards.
+        index: take the index off, too; it is made again without a model.
+
+    Raises:
+        InputError: the store is of an earlier version, with which no run goes on.
+    """
+    run = read_run(folder)
+    if run["schema_version"] != SCHEMA_VERSION:
+        message = f"is of schema version {run['schema_version']}, with which no run goes on: embed with --overwrite"
+        raise InputError(message, file=folder)
+    shards = read_shards(folder, run)
+    kept = [shard for shard in shards if shard.number not in numbers]
+    changed = {"complete": False, "rows": sum(shard.rows for shard in kept), "shards": [vars(shard) for shard in kept]}
+    # run.json goes first: nothing may be listed as finished that is on its way out.
+    _write_run(folder, {**run, **changed})
+    for shard in shards:
+        if shard.number in numbers:
+            (folder / shard.file).unlink(missing_ok=True)
+            (folder / shard.index_file).unlink(missing_ok=True)
+    if index:
+        (folder / INDEX_FILE).unlink(missing_ok=True)
+
+
+def is_own(name: str) -> bool:
+    """Whether a file of this name in a store is the store's own."""
+    return name in (RUN_FILE, INDEX_FILE, REJECTS_FILE, LOCK_FILE, ".workers.lock") or bool(_PART.fullmatch(name))
+
+
+def is_copy(name: str) -> bool:
+    """Whether a file or folder of this name is where `embed --format` and `convert` put a copy."""
+    return name in ("offsets.npy", "pt") or bool(_COPY.fullmatch(name))
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file of this name is one that was being written."""
+    return name.startswith(".") and name.endswith(".tmp")
+
+
 def read_run(folder: Path) -> dict[str, Any]:
     """What run.json of a store says.
 
@@ -327,12 +410,28 @@ def read_run(folder: Path) -> dict[str, Any]:
     path = folder / RUN_FILE
     try:
         run: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        version = run["schema_version"]
+        version, _ = run["schema_version"], (run["complete"], run["settings"], run["shards"])
     except FileNotFoundError as error:
         message = "no such file: this folder holds no embeddings"
         raise InputError(message, file=path) from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         message = f"not a readable run ({error})"
         raise InputError(message, file=path) from error
+    if run.get("engine") == "ray":
+        message = "holds Parquet or Lance files that --engine ray wrote: read them with pyarrow or lance"
+        raise InputError(message, file=folder)
     check_schema_version(version, SCHEMA_VERSION, file=path, earlier=(1,))
     return run
+
+
+def read_shards(folder: Path, run: dict[str, Any]) -> list[Shard]:
+    """The finished shards that run.json lists, as `read_run` gave it.
+
+    Raises:
+        InputError: they are not listed as this release lists them.
+    """
+    try:
+        return [Shard(**shard) for shard in run["shards"]]
+    except TypeError as error:
+        message = f"not a readable run ({error})"
+        raise InputError(message, file=folder / RUN_FILE) from error

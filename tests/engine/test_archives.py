@@ -12,6 +12,7 @@ from protnest.engine.chain import SCHEMA_VERSION as CHAIN_VERSION
 from protnest.engine.ridge_head import SCHEMA_VERSION as HEAD_VERSION
 from protnest.engine.ridge_head import RidgeHead
 from protnest.engine.store import SCHEMA_VERSION
+from protnest.engine.verify import verify_store
 
 ARCHIVES = Path(__file__).resolve().parent.parent / "archives"
 
@@ -37,6 +38,48 @@ def test_store_version_1(pool: str, rows: int, total: float) -> None:
     if pool == "residue":
         assert embeddings.offsets is not None
         assert embeddings.offsets.tolist() == [0, 5, 66]
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "total"),
+    [
+        ("mean", 3, 8.1158447265625),
+        ("dedup", 3, 8.1158447265625),
+        ("residue", 71, 186.2700638771057),
+        ("dedup-residue", 71, 186.2700638771057),
+    ],
+)
+def test_store_version_2(kind: str, rows: int, total: float) -> None:
+    """The first and the third protein are alike: with dedup they share an embedding, and read as if they did not."""
+    folder = ARCHIVES / f"store-v2-{kind}"
+    embeddings = read_embeddings(folder)
+    assert embeddings.run["schema_version"] == 2
+    assert embeddings.ids == ["a", "a", "b|1"]
+    assert embeddings.array.shape == (rows, 32)
+    assert embeddings.array.dtype == np.float16
+    assert float(np.asarray(embeddings.array, dtype=np.float64).sum()) == total
+    assert np.array_equal(embeddings[0], embeddings[2])
+    is_dedup = kind.startswith("dedup")
+    index = pq.read_table(folder / "index.parquet").to_pydict()
+    assert index == {
+        "position": [0, 2, 3],
+        "id": ["a", "a", "b|1"],
+        "header": ["a first", "a again", "b|1 as the first"],
+        "length": [5, 61, 5],
+        "flags": ["", "windowed", ""],
+        "row": [0, 1, 0] if is_dedup else [0, 1, 2],
+    }
+    assert embeddings.run["rows"] == len(embeddings.run["shards"]) == (2 if is_dedup else 3)
+    if kind.endswith("residue"):
+        assert embeddings.offsets is not None
+        assert embeddings.offsets.tolist() == [0, 5, 66, 71]
+
+
+@pytest.mark.parametrize("folder", sorted(ARCHIVES.glob("store-v*")), ids=lambda folder: folder.name)
+def test_stores_verify(folder: Path) -> None:
+    found = verify_store(folder)
+    assert found.damages == []
+    assert any("no checksums" in note for note in found.notes) == ("-v1-" in folder.name)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from protnest.engine import cpus
-from protnest.engine.cpus import limit_threads, usable_cpus
+from protnest.engine.cpus import limit_threads, memory_nodes, usable_cpus
 
 
 @pytest.fixture
@@ -57,3 +57,25 @@ def test_openmp_is_asked_for_as_many(
         monkeypatch.delenv("OMP_NUM_THREADS")
     limit_threads()
     assert os.environ.get("OMP_NUM_THREADS") == after
+
+
+@pytest.mark.parametrize(
+    ("lists", "expected"),
+    [
+        ({}, [tuple(range(64))]),
+        ({"node0": "0-63"}, [tuple(range(64))]),
+        (
+            {"node0": "0-15,32-47", "node1": "16-31,48-63"},
+            [(*range(16), *range(32, 48)), (*range(16, 32), *range(48, 64))],
+        ),
+        # Node 10 after node 2, memory without processors, and processors that this process may not use.
+        ({"node10": "2,3", "node2": "0-1", "node3": "", "node4": "64-99"}, [(0, 1), (2, 3)]),
+        ({"node0": "nonsense"}, [tuple(range(64))]),
+    ],
+)
+@pytest.mark.usefixtures("many_cpus")
+def test_processors_by_socket(tmp_path: Path, lists: dict[str, str], expected: list[tuple[int, ...]]) -> None:
+    for node, text in lists.items():
+        (tmp_path / node).mkdir()
+        (tmp_path / node / "cpulist").write_text(text + "\n")
+    assert memory_nodes(tmp_path) == expected

@@ -45,7 +45,7 @@ def _read_all(source: RecordSource) -> tuple[list[Record], list[Reject]]:
 
 def test_a_scan(tmp_path: Path, wt: Path) -> None:
     source = MutantSource(_table(tmp_path, "DMS_score,mutant\n1,K2A\n2,M1L:R10W\n3,WT\n4,K2A\n"), wt)
-    assert list(source.read())[0] == Record(index=0, id="K2A", header="K2A blat", sequence="MATAYIAKQR")
+    assert next(iter(source.read())) == Record(index=0, id="K2A", header="K2A blat", sequence="MATAYIAKQR")
     assert _rows(source) == [
         (0, "K2A", "MATAYIAKQR"),
         (1, "M1L:R10W", "LKTAYIAKQW"),

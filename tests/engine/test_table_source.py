@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import logging
 import pickle
+import random
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from protnest.engine import InputError, embed_library
+from protnest.engine.alphabet import RESIDUES
 from protnest.engine.embedder_plan import EmbedderPlan
-from protnest.engine.fasta import Record, Reject
+from protnest.engine.fasta import InvalidPolicy, Record, Reject
 from protnest.engine.library import LibraryOptions
 from protnest.engine.library_source import open_source
 from protnest.engine.mutant_source import MutantSource
 from protnest.engine.record_source import FastaSource, RecordSource, locate_error
+from protnest.engine.table import Table
 from protnest.engine.table_source import TableSource
 
 from support.tiny import random_proteins, save_tiny_model, write_fasta
@@ -156,6 +159,7 @@ FAULTS = [
     ("b,None", "b", "the sequence is empty: None stands for no value"),
     (" ,MKT", "", "the row has no id: its cell of 'id' is empty"),
     ('"b\nc",MKT', "", r"the id 'b\nc' holds a control character"),
+    ("b\x7f,MKT", "", r"the id 'b\x7f' holds a control character"),
     ("b", "", "1 cells, expected 2 as in the header"),
     ("b,MKT,", "", "3 cells, expected 2 as in the header"),
 ]
@@ -224,6 +228,33 @@ def test_ids_may_be_whole_numbers(tmp_path: Path, kind: pa.DataType) -> None:
     values = ["7", "12"] if "string" in str(kind) else [7, 12]
     path = _parquet(tmp_path, id=pa.array(values, kind), sequence=pa.array(["MKT", "AC"], pa.string_view()))
     assert _rows(TableSource(path)) == [(0, "7", "MKT"), (1, "12", "AC")]
+
+
+@pytest.mark.parametrize("policy", ["error", "skip", "mask"])
+def test_hostile_tables_lose_nothing(tmp_path: Path, policy: InvalidPolicy) -> None:
+    """Whatever the bytes are: an InputError, or each row a record or a reject."""
+    rng = random.Random(7)
+    hostile = [b'"', b"\n", b"\r", b",", b"\0", b"\xff", b"\xc3\xa9", b"*", b"x", b"\t", b" ", b"#", b">", b"1", b"NaN"]
+    path, read_through, named = tmp_path / "in.csv", 0, set()
+    for _ in range(150):
+        data = bytearray(b"id,sequence\n" + b"".join(b"p%d,MKTAYIAKQR\n" % row for row in range(6)))
+        for _ in range(rng.randint(1, 6)):
+            place = rng.randrange(len(data))
+            data[place : place + rng.randint(0, 3)] = rng.choice(hostile)
+        path.write_bytes(data)
+        try:
+            records, rejects = _read_all(TableSource(path, invalid=policy))
+            rows = sum(1 for _ in Table(path).rows(ragged=True))
+        except InputError as error:
+            named.add(error.file)
+            continue
+        read_through += 1
+        assert len(records) + len(rejects) == rows
+        places = sorted([each.index for each in records] + [each.index for each in rejects])
+        assert places == list(range(rows))
+        assert all(set(record.sequence) <= set(RESIDUES) and record.sequence for record in records)
+    assert named == {str(path)}
+    assert read_through > (5 if policy == "error" else 40)
 
 
 def test_a_record_is_located(tmp_path: Path) -> None:
