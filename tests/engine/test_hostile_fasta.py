@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from protnest.engine import Embedder, InputError, embed_library, fasta, load_model
+from protnest.engine import Embedder, InputError, embed_library, fasta, load_model, read_embeddings
 from protnest.engine.checkpoint import save_checkpoint
 from protnest.engine.config import EncoderConfig
 from protnest.engine.encoder import Encoder
@@ -121,6 +121,7 @@ def check_store(out: Path, records: list[Expected], choices: Choices) -> tuple[i
     assert ["masked" in flags.split(",") for flags in index["flags"]] == masked
     rejects = read_rejects(out)
     assert sorted([*index["position"], *rejects]) == list(range(len(records)))
+    assert read_embeddings(out).ids == index["id"]
     shards = [load_file(path) for path in sorted(out.glob("part-*.safetensors"))]
     different = (
         list(dict.fromkeys(residues for _, residues in rows.values())) if choices.dedup else list(range(len(rows)))
