@@ -93,13 +93,15 @@ class _StreamError(Exception):
 
 
 class _RecordError(Exception):
-    """A record that cannot be used; `position` is the 0-based residue at fault, where one is."""
+    """A record that cannot be used; `position` is the 0-based residue at fault, where one is; `maskable`, whether an X
+    there would do."""
 
     def __init__(self, problem: str, *, record_id: str = "", position: int | None = None) -> None:
         super().__init__(problem)
         self.problem = problem
         self.record_id = record_id
         self.position = position
+        self.maskable = position is not None
 
 
 def read_fasta(
@@ -117,8 +119,9 @@ def read_fasta(
     Args:
         path: the file. A pipe works too, but it cannot be read again, so errors then name the record and no line.
         invalid: what to do with characters outside `alphabet.RESIDUES`: "error" raises, "skip" rejects the record,
-            "mask" puts X for each and flags the record "masked". Empty sequences and headers without an id, with a NUL
-            or not in UTF-8 raise under "error" and are rejects under both others.
+            "mask" puts X for each and flags the record "masked". Empty sequences, sequences with a `>` (a header that
+            does not begin its line) and headers without an id, with a NUL or not in UTF-8 raise under "error" and are
+            rejects under both others.
         on_reject: called with each reject, in order. Without it their number is logged at the end.
         quiet: log nothing, for a file that was read before.
 
@@ -213,18 +216,24 @@ def _parse(index: int, name: str, sequence: str, *, mask: bool) -> Record:
     header = _unescape(name)
     if "\0" in header:
         problem = "the header holds a NUL byte: this is no plain text"
-        raise _RecordError(problem, record_id=_printable(name.split(maxsplit=1)[0]))
+        raise _RecordError(problem, record_id=printable(name.split(maxsplit=1)[0]))
     if header is not name and _UNDECODABLE.search(header):
         problem = "the header is not UTF-8 text"
-        raise _RecordError(problem, record_id=_printable(name.split(maxsplit=1)[0]))
+        raise _RecordError(problem, record_id=printable(name.split(maxsplit=1)[0]))
     words = header.split(maxsplit=1)
     if not words:
         problem = "the header has no id after its '>'"
         raise _RecordError(problem)
+    # A '>' in a line begins a record whose line end was lost, as when files without a last one are put together: X in
+    # its place would swallow that record without a word.
+    whole = ">" not in sequence
     try:
-        residues, masked = _clean(_unescape(sequence), mask=mask)
+        residues, masked = _clean(_unescape(sequence), mask=mask and whole)
     except _RecordError as error:
         error.record_id = words[0]
+        error.maskable = error.maskable and whole
+        if not whole and error.position is not None:
+            error.problem += "; a '>' inside a line: is a line end missing before it?"
         raise
     return Record(index=index, id=words[0], header=header, sequence=residues, flags=("masked",) if masked else ())
 
@@ -249,7 +258,7 @@ def _clean(sequence: str, *, mask: bool) -> tuple[str, bool]:
     raise _RecordError(problem, position=position)
 
 
-def _printable(text: str, limit: int = 60) -> str:
+def printable(text: str, limit: int = 60) -> str:
     """Return text that is safe and short enough for a message: control characters escaped, the end cut off."""
     shown = text if text.isprintable() else ascii(text)[1:-1]
     return shown if len(shown) <= limit else f"{shown[:limit]}..."
@@ -363,7 +372,7 @@ def _scan(path: Path) -> Iterator[tuple[int, int, str]]:
                     raise InputError(_describe_headless(text), file=path, line=number)
                 yield number, index, text
         except _StreamError as error:
-            words = _printable(_unescape(header)).split(maxsplit=1)
+            words = printable(_unescape(header)).split(maxsplit=1)
             raise InputError(
                 str(error), file=path, line=number + 1, record=index + 1 or None, record_id=words[0] if words else None
             ) from error
@@ -375,7 +384,7 @@ def _describe_headless(text: str) -> str:
     if _BINARY.search(line):
         return f"expected '>', got {line.encode('utf-8', 'surrogateescape')[:20]!r}: this looks like binary data"
     what = "this looks like FASTQ" if line.startswith("@") else "there is text before the first header"
-    return f"expected '>', got '{_printable(line, 40)}': {what}"
+    return f"expected '>', got '{printable(line, 40)}': {what}"
 
 
 def _file_fault(path: Path, error: Exception) -> InputError:
@@ -386,20 +395,20 @@ def _file_fault(path: Path, error: Exception) -> InputError:
                 pass
         except InputError as located:
             return located
-    return InputError(_printable(str(error), 200), file=path)
+    return InputError(printable(str(error), 200), file=path)
 
 
 def _record_fault(path: Path, index: int, error: _RecordError) -> InputError:
     """Return the error of one record, with its header's line, and the line of the residue at fault in the text."""
     line, residue_line = _find(path, index, error.position) if _can_reread(path) else (None, None)
     problem = error.problem if residue_line is None else f"on line {residue_line}, {error.problem}"
-    remedy = 'invalid="skip" leaves the record out' + ("" if error.position is None else ', "mask" puts X instead')
+    remedy = 'invalid="skip" leaves the record out' + (', "mask" puts X instead' if error.maskable else "")
     return InputError(
         f"{problem}; {remedy}",
         file=path,
         line=line,
         record=index + 1,
-        record_id=_printable(error.record_id),
+        record_id=printable(error.record_id),
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .errors import InputError
-from .fasta import InvalidPolicy, Record, Reject, locate_records, read_fasta
+from .fasta import InvalidPolicy, Record, Reject, locate_records, printable, read_fasta
 
 
 class RecordSource(Protocol):
@@ -63,7 +63,8 @@ class FastaSource:
 def locate_error(source: RecordSource, record: Record, problem: str) -> InputError:
     """The error that names where in its file a record stands."""
     line = source.locate(record.index)
-    return InputError(problem, file=source.path, line=line, record=record.index + 1, record_id=record.id)
+    record_id = printable(record.id)
+    return InputError(problem, file=source.path, line=line, record=record.index + 1, record_id=record_id)
 
 
 def check_rereadable(path: Path) -> None:

@@ -217,7 +217,8 @@ class Table:
                 try:
                     cells = next(reader, None)
                 except csv.Error as error:
-                    message = f"the row that begins here cannot be read: {error}; is a quote left open, or astray?"
+                    told = str(error).replace("\t", "\\t")
+                    message = f"the row that begins here cannot be read: {told}; is a quote left open, or astray?"
                     raise InputError(message, file=self.path, line=begin) from error
                 if cells is None:
                     return

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from .errors import InputError
-from .fasta import InvalidPolicy, Record, Reject, clean_sequence
+from .fasta import InvalidPolicy, Record, Reject, clean_sequence, printable
 from .table import Row, Table
 
 ID_COLUMNS = ("id", "name", "accession", "entry")
@@ -152,7 +152,11 @@ class TableSource:
         if "is not a residue" in error.problem:
             remedy += ', "mask" puts X instead'
         return InputError(
-            f"{error.problem}; {remedy}", file=self.path, line=row.line, record=row.number, record_id=name or None
+            f"{error.problem}; {remedy}",
+            file=self.path,
+            line=row.line,
+            record=row.number,
+            record_id=printable(name) or None,
         )
 
 

@@ -287,7 +287,6 @@ def test_rejects_that_nobody_takes_are_logged(tmp_path: Path, caplog: pytest.Log
 BAD_LETTERS = [
     ("J", "'J'"),
     ("1", "'1'"),
-    (">", "'>'"),
     ("#", "'#'"),
     ("*", "'*'"),
     ("\0", "'\\x00'"),
@@ -325,6 +324,23 @@ def test_bad_letter(tmp_path: Path, letter: str, shown: str, chunk_bytes: int) -
         ("MK", ()),
     ]
     assert masked_rejects == []
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff", "*", "\0"], ids=["bare", "byte-order mark", "stop", "NUL"])
+def test_header_whose_line_end_was_lost_is_never_masked_away(tmp_path: Path, mark: str) -> None:
+    path = write(tmp_path, f">a\nMKV\nLL{mark}>b second\nLLA\n>c\nMK\n")
+    shown = mark or ">"
+    reason = (
+        f"{shown!r} at residue 6 is not a residue; allowed are ACDEFGHIKLMNPQRSTVWY and -.BOUXZ; "
+        "a '>' inside a line: is a line end missing before it?"
+    )
+    for invalid in ("skip", "mask"):
+        records, rejects = read_all(path, invalid=invalid)
+        assert [(record.index, record.id) for record in records] == [(1, "c")]
+        assert rejects == [Reject(index=0, id="a", reason=reason)]
+    error = failure(path)
+    assert place(error) == (1, 1, "a")
+    assert error.problem == f'on line 3, {reason}; invalid="skip" leaves the record out'
 
 
 @pytest.mark.parametrize(("lines", "line", "residue"), [("J\nMK", 2, 1), ("MJ\nMK", 2, 2), ("MK\nJM", 3, 3)])

@@ -273,6 +273,13 @@ def test_long_error_names_the_record(tmp_path: Path, model: Path) -> None:
         embed_library(fasta, tmp_path / "out", embedder)
 
 
+def test_an_id_of_control_characters_does_not_reach_the_terminal(tmp_path: Path, model: Path) -> None:
+    fasta = write_fasta(tmp_path / "in.fasta", ["K" * 61], prefix="\x1b[2J")
+    embedder = Embedder(load_model(model, device="cpu", precision="fp32"), long="error")
+    with pytest.raises(InputError, match=r"record 1 \(\\x1b\[2J0\): 61 residues"):
+        embed_library(fasta, tmp_path / "out", embedder)
+
+
 def test_a_record_beyond_the_memory_is_named(tmp_path: Path, embedder: Embedder) -> None:
     """In its place in the file, not in its shard."""
     fasta = write_fasta(tmp_path / "in.fasta", ["MKT"] * 5 + ["M" * 40])
