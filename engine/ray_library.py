@@ -113,7 +113,7 @@ class _Run:
         self._embedded = self._residues = 0
 
     def run(self, about: dict[str, Any], *, overwrite: bool) -> LibraryResult:
-        started = time.perf_counter()
+        began = started = time.perf_counter()
         self._facts = find_facts(self._plan, self._placement)
         rejects = io.StringIO(newline="")
         self._survey = survey = survey_library(self._source, self._facts, rejects=rejects)
@@ -144,6 +144,7 @@ class _Run:
             times=self._times,
             restarts=max(0, len(self._workers) - self._placement.workers),
             workers=self._placement.workers,
+            wall_s=time.perf_counter() - began,
             settings=self._settings,
         )
 
