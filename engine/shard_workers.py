@@ -43,13 +43,16 @@ class _Hand:
         process: itself.
         connection: to it.
         held: shards that it has and that are not listed yet, oldest first.
-        is_idle: it asked for a shard when there was none.
+        has_begun: it has made its embedder, and asked for a shard.
+        is_idle: it asked for a shard that it has not got yet.
+        is_over: it was told that there is no more, and has said its last.
     """
 
     plan: WorkerPlan
     process: subprocess.Popen[bytes]
     connection: Connection[Any, Any]
     held: collections.OrderedDict[int, ShardJob] = field(default_factory=collections.OrderedDict)
+    has_begun: bool = False
     is_idle: bool = False
     is_over: bool = False
 
@@ -80,7 +83,7 @@ class ShardWorkers:
         self._on_advance = on_advance
         self._hands: list[_Hand] = []
         self._again: collections.deque[ShardJob] = collections.deque()
-        # By shard; under -1 of workers that held none, since the last shard was finished.
+        # By shard; under -1 of workers that had not begun, since the last shard was finished.
         self._deaths: collections.Counter[int] = collections.Counter()
         self._times = StageTimes()
         self.restarts = 0
@@ -142,7 +145,7 @@ class ShardWorkers:
 
     def _hear(self, hand: _Hand, word: str, *rest: Any) -> None:
         if word == "ready":
-            hand.is_idle = True
+            hand.has_begun = hand.is_idle = True
         elif word == "advance":
             self._on_advance(*rest)
         elif word == "done":
@@ -172,7 +175,7 @@ class ShardWorkers:
             self._deaths[job.number] += 1
             if self._deaths[job.number] == _MOST_DEATHS:
                 raise RecordFault(job.entries[0].record, _given_up(job, status))
-        elif may_restart:
+        elif may_restart and not hand.has_begun:
             self._deaths[-1] += 1
             if self._deaths[-1] == _MOST_DEATHS:
                 message = f"workers die before they have done anything ({_in_words(status)})"

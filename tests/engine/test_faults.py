@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -22,6 +23,7 @@ from protnest.engine.embedder_plan import EmbedderPlan
 from protnest.engine.encoder import Encoder
 from protnest.engine.library import LibraryOptions
 from protnest.engine.record_source import FastaSource
+from protnest.engine.shard_workers import ShardWorkers
 
 from support.tiny import TINY, random_proteins, save_tiny_model, write_fasta
 
@@ -150,16 +152,21 @@ def test_a_killed_worker_is_replaced(tmp_path: Path, plan: EmbedderPlan) -> None
     assert not _children()
 
 
-def test_a_shard_that_kills_its_workers_is_given_up(tmp_path: Path, plan: EmbedderPlan) -> None:
+def test_a_shard_that_kills_its_workers_is_given_up(
+    tmp_path: Path, plan: EmbedderPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fasta = write_fasta(tmp_path / "in.fasta", random_proteins(30, longest=100))
+    heard = ShardWorkers._hear
 
-    def act(batch: int) -> None:
-        for child in _children():
-            os.kill(child, signal.SIGKILL)
+    def kill_who_works(self: ShardWorkers, hand: Any, word: str, *rest: Any) -> None:
+        if word == "advance":
+            hand.process.kill()
+        heard(self, hand, word, *rest)
 
+    monkeypatch.setattr(ShardWorkers, "_hear", kill_who_works)
     where = r"line 1, record 1 \(protein0\): 3 workers died \(SIGKILL\) over the shard from here to record 30"
     with pytest.raises(InputError, match=where):
-        embed_library(fasta, tmp_path / "out", plan, LibraryOptions(workers=2), progress=_AtAdvance(act))
+        embed_library(fasta, tmp_path / "out", plan, LibraryOptions(workers=2))
     assert not _children()
 
 
