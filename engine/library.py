@@ -195,10 +195,15 @@ def embed_library(
     plan = embedder if isinstance(embedder, EmbedderPlan) else None
     workers = options.workers_on(plan)
     began = time.perf_counter()
-    if isinstance(embedder, EmbedderPlan):
-        embedder = embedder.make()
-    started = time.perf_counter()
-    with tempfile.SpooledTemporaryFile(max_size=1 << 20, mode="w+", newline="", encoding="utf-8") as rejects:
+    threads = max(1, usable_cpus() // max(1, len(workers)))
+    threads = min(threads, int(os.environ.get("OMP_NUM_THREADS", threads)))
+    with (
+        ShardWorkers(len(workers), threads=threads) as pool,
+        tempfile.SpooledTemporaryFile(max_size=1 << 20, mode="w+", newline="", encoding="utf-8") as rejects,
+    ):
+        if isinstance(embedder, EmbedderPlan):
+            embedder = embedder.make()
+        started = time.perf_counter()
         survey = survey_library(source, embedder, rejects=rejects, dedup=options.dedup)
         if not survey.records:
             message = f"no sequence to embed: all {survey.rejected} records were left out"
@@ -216,7 +221,7 @@ def embed_library(
             if workers:
                 # The model has told all that is to be known of it; the workers need its memory.
                 embedder.release()
-                run.in_processes(workers)
+                run.in_processes(pool, workers)
             else:
                 run.in_this_process()
             run.times.checking = checking
@@ -296,27 +301,23 @@ class _Run:
         except RecordFault as error:
             raise locate_error(self._source, error.record, error.problem) from error
 
-    def in_processes(self, plans: list[EmbedderPlan]) -> None:
+    def in_processes(self, pool: ShardWorkers, plans: list[EmbedderPlan]) -> None:
         nodes, self._workers = memory_nodes(), len(plans)
-        threads = max(1, usable_cpus() // len(plans))
-        threads = min(threads, int(os.environ.get("OMP_NUM_THREADS", threads)))
         workers = [
             WorkerPlan(
                 embedder=plan,
                 folder=self._store.folder.absolute(),
                 storage_dtype=self._options.storage_dtype,
-                threads=threads,
                 cpus=nodes[place % len(nodes)] if len(nodes) > 1 else (),
             )
             for place, plan in enumerate(plans)
         ]
-        with ShardWorkers(workers, on_shard=self._finish, on_advance=self._progress.advance) as pool:
-            try:
-                self.times = pool.run(self._jobs())
-            except RecordFault as error:
-                raise locate_error(self._source, error.record, error.problem) from error
-            finally:
-                self._restarts = pool.restarts
+        try:
+            self.times = pool.run(workers, self._jobs(), on_shard=self._finish, on_advance=self._progress.advance)
+        except RecordFault as error:
+            raise locate_error(self._source, error.record, error.problem) from error
+        finally:
+            self._restarts = pool.restarts
 
     def _jobs(self) -> Iterator[ShardJob]:
         """Those that the store lacks; the bar begins with the first."""

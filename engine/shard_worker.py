@@ -45,14 +45,12 @@ class WorkerPlan:
         embedder: what it embeds with.
         folder: the store.
         storage_dtype: "fp32" or "fp16".
-        threads: on which it computes.
         cpus: processors that it keeps to; empty for any.
     """
 
     embedder: EmbedderPlan
     folder: Path
     storage_dtype: str
-    threads: int = 1
     cpus: tuple[int, ...] = ()
 
 

@@ -48,7 +48,6 @@ class _Hand:
         is_over: it was told that there is no more, and has said its last.
     """
 
-    plan: WorkerPlan
     process: subprocess.Popen[bytes]
     connection: Connection[Any, Any]
     held: collections.OrderedDict[int, ShardJob] = field(default_factory=collections.OrderedDict)
@@ -58,29 +57,22 @@ class _Hand:
 
 
 class ShardWorkers:
-    """Processes that embed shards; use it as a context, which ends them.
+    """Processes that embed shards; use it as a context, which starts and ends them.
+
+    They take seconds to come up, in which there is something else to do: what they shall work on is told to `run`.
 
     Args:
-        plans: one a worker, all of the same store.
-        on_shard: called with each finished shard, and its job, in whatever order they are finished.
-        on_advance: called with residues that were run.
+        count: how many; none is a context that does nothing.
+        threads: on which each computes.
 
-    Raises:
-        InputError: workers of an earlier run are still at work; a worker cannot make its embedder.
-        RecordFault: a record cannot be embedded, or a shard that begins with it brought down three workers.
-        OSError: a shard cannot be written.
+    Attributes:
+        restarts: workers that died and were replaced.
     """
 
-    def __init__(
-        self,
-        plans: list[WorkerPlan],
-        *,
-        on_shard: Callable[[ShardJob, Shard], None],
-        on_advance: Callable[[int], None],
-    ) -> None:
-        self._plans = plans
-        self._on_shard = on_shard
-        self._on_advance = on_advance
+    def __init__(self, count: int, *, threads: int) -> None:
+        self._count = count
+        self._threads = threads
+        self._plans: list[WorkerPlan] = []
         self._hands: list[_Hand] = []
         self._again: collections.deque[ShardJob] = collections.deque()
         # By shard; under -1 of workers that had not begun, since the last shard was finished.
@@ -89,8 +81,7 @@ class ShardWorkers:
         self.restarts = 0
 
     def __enter__(self) -> ShardWorkers:
-        _await_earlier_workers(self._plans[0].folder)
-        self._hands = [_start(plan) for plan in self._plans]
+        self._hands = [_start(self._threads) for _ in range(self._count)]
         return self
 
     def __exit__(
@@ -102,8 +93,31 @@ class ShardWorkers:
         for hand in self._hands:
             hand.process.wait()
 
-    def run(self, jobs: Iterator[ShardJob]) -> StageTimes:
-        """Gives out all jobs and waits until they are done; seconds are added up over the workers."""
+    def run(
+        self,
+        plans: list[WorkerPlan],
+        jobs: Iterator[ShardJob],
+        *,
+        on_shard: Callable[[ShardJob, Shard], None],
+        on_advance: Callable[[int], None],
+    ) -> StageTimes:
+        """Gives out all jobs and waits until they are done; seconds are added up over the workers.
+
+        Args:
+            plans: one a worker, all of the same store.
+            jobs: shards of that store.
+            on_shard: called with each finished shard, and its job, in whatever order they are finished.
+            on_advance: called with residues that were run.
+
+        Raises:
+            InputError: workers of an earlier run are still at work; a worker cannot make its embedder.
+            RecordFault: a record cannot be embedded, or a shard that begins with it brought down three workers.
+            OSError: a shard cannot be written.
+        """
+        self._plans, self._on_shard, self._on_advance = plans, on_shard, on_advance
+        _await_earlier_workers(plans[0].folder)
+        for hand, plan in zip(self._hands, plans, strict=True):
+            _tell(hand, plan)
         with ThreadPoolExecutor(1, "reader") as reader:
             ahead = reader.submit(next, jobs, None)
             is_read = False
@@ -182,15 +196,17 @@ class ShardWorkers:
                 raise InputError(message)
         if may_restart:
             self.restarts += 1
-            self._hands[self._hands.index(hand)] = _start(hand.plan)
+            place = self._hands.index(hand)
+            self._hands[place] = _start(self._threads)
+            _tell(self._hands[place], self._plans[place])
         else:
             hand.is_over = True
 
 
-def _start(plan: WorkerPlan) -> _Hand:
+def _start(threads: int) -> _Hand:
     ours, theirs = Pipe()
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}
-    environment["OMP_NUM_THREADS"] = str(plan.threads)
+    environment["OMP_NUM_THREADS"] = str(threads)
     process = subprocess.Popen(
         [sys.executable, "-m", "protnest.engine.shard_worker", str(theirs.fileno())],
         pass_fds=[theirs.fileno()],
@@ -198,9 +214,7 @@ def _start(plan: WorkerPlan) -> _Hand:
         env=environment,
     )
     theirs.close()
-    hand = _Hand(plan, process, ours)
-    _tell(hand, plan)
-    return hand
+    return _Hand(process, ours)
 
 
 def _tell(hand: _Hand, message: object) -> None:

@@ -128,12 +128,13 @@ class ShardedArray(RowArray):
     def _rows(self, rows: Places) -> Rows:
         flat = rows.reshape(-1)
         out = np.empty((flat.size, self.shape[1]), dtype=self.dtype)
-        number_N = np.searchsorted(self._begins, flat, side="right") - 1
-        # File by file, so that each is mapped once, however the rows are mixed.
-        order = np.argsort(number_N, kind="stable")
-        numbers, firsts = np.unique(number_N[order], return_index=True)
-        for number, chosen in zip(numbers.tolist(), np.split(order, firsts[1:]), strict=False):
-            out[chosen] = self._view(number)[flat[chosen] - self._begins[number]]
+        # In the order in which they lie: each file is mapped once, and memory is gone through forward.
+        order = np.argsort(flat, kind="stable")
+        cuts = np.searchsorted(flat[order], self._begins)
+        for number in np.flatnonzero(np.diff(cuts)).tolist():
+            chosen = order[cuts[number] : cuts[number + 1]]
+            # Of the plain array: a memory map's own way to choose rows takes four times as long.
+            out[chosen] = np.asarray(self._view(number)).take(flat[chosen] - self._begins[number], axis=0)
         return out.reshape(*rows.shape, self.shape[1])
 
 

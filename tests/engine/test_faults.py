@@ -44,7 +44,7 @@ def plan(model: Path) -> EmbedderPlan:
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_fasta(tmp_path_factory.mktemp("library") / "in.fasta", random_proteins(2000, longest=200))
+    return write_fasta(tmp_path_factory.mktemp("library") / "in.fasta", random_proteins(1200, longest=200))
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def test_killed_runs_of_two_workers(tmp_path: Path, library: Path, model: Path, 
     """Workers die with the run that started them, at once: the next one finds the folder free."""
     out = tmp_path / "out"
     command = _command(library, out, model, workers=2)
-    for listed in (1, 12, 30):
+    for listed in (1, 8, 18):
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT)
         _await_shards(out, listed)
         workers = _children(process.pid)
