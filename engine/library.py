@@ -112,12 +112,11 @@ class LibraryOptions:
                 message = f"workers is {self.workers}, and each makes its own embedder: pass an EmbedderPlan"
                 raise InputError(message)
             return []
-        device = resolve_device(plan.device)
-        gpus = torch.cuda.device_count() if device.type == "cuda" and plan.device in ("auto", "cuda") else 0
+        gpus = torch.cuda.device_count() if plan.device in ("auto", "cuda") and torch.cuda.is_available() else 0
         count = self.workers or max(gpus, 1)
         if count == 1:
             return []
-        if device.type == "cpu":
+        if resolve_device(plan.device).type == "cpu":
             return [plan.on("cpu")] * count
         return [plan.on(f"cuda:{place % gpus}" if gpus else plan.device) for place in range(count)]
 
@@ -159,8 +158,9 @@ class LibraryResult:
 
     @property
     def models(self) -> list[str]:
-        """Names of the models that ran, smallest first."""
-        return list(self.settings.get("models", [self.settings["model"]]))
+        """Names of the models that ran, smallest first; of an exported file its largest."""
+        is_file = "runtime" in self.settings
+        return [self.settings["model"]] if is_file else self.settings.get("models", [self.settings["model"]])
 
 
 def embed_library(

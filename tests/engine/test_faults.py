@@ -194,6 +194,22 @@ def test_a_worker_that_fails_is_heard(tmp_path: Path, plan: EmbedderPlan, monkey
         embed_library(fasta, tmp_path / "out", broken, LibraryOptions(workers=2))
 
 
+def test_each_gpu_has_a_worker(plan: EmbedderPlan, monkeypatch: pytest.MonkeyPatch) -> None:
+    def devices(workers: int | None, device: str) -> list[str]:
+        return [each.device for each in LibraryOptions(workers=workers).workers_on(plan.on(device))]
+
+    assert devices(None, "auto") == []
+    assert devices(2, "auto") == ["cpu", "cpu"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert devices(None, "auto") == devices(None, "cuda") == ["cuda:0", "cuda:1", "cuda:2"]
+    assert devices(4, "auto") == ["cuda:0", "cuda:1", "cuda:2", "cuda:0"]
+    assert devices(1, "auto") == devices(None, "cuda:1") == devices(None, "cpu") == []
+    assert devices(2, "cuda:1") == ["cuda:1", "cuda:1"]
+    assert devices(2, "cpu") == ["cpu", "cpu"]
+
+
 def test_two_workers_need_a_plan(tmp_path: Path, model: Path) -> None:
     fasta = write_fasta(tmp_path / "in.fasta", random_proteins(5))
     embedder = Embedder(load_model(model, device="cpu", precision="fp32"))
@@ -268,6 +284,7 @@ def test_two_runs_on_one_folder(tmp_path: Path, library: Path, model: Path) -> N
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT)
     try:
         _await_shards(out, 1)
+        process.send_signal(signal.SIGSTOP)  # or it might be done before the second one begins
         second = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
     finally:
         process.kill()
