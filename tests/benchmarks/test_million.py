@@ -77,7 +77,7 @@ def test_what_misses_is_said() -> None:
     assert misses(row | {"last_tenth_over_first": 0.94}) == [
         "the last tenth of shards took 0.940 of the first's processor time, allowed are 0.95 to 1.05"
     ]
-    assert misses(row | {"last_tenth_over_first": 0.5, "shards": 99}) == []
+    assert misses(row | {"last_tenth_over_first": 0.5, "idle_share": 0.5, "shards": 99}) == []
     assert misses(row | {"sequences": 9}) == ["9 sequences of 10 are in the store"]
 
 
