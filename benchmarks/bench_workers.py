@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from protnest.benchmarks.course import spread
+from protnest.benchmarks.million import embed_command
 from protnest.benchmarks.rows import ROOT, Row, append_rows, machine_facts
 from protnest.benchmarks.variant_library import write_variants
 from rich.console import Console
@@ -33,20 +33,11 @@ def run_embed(library: Path, out: Path, *options: str) -> tuple[float, dict[str,
     Raises:
         RuntimeError: it failed; the message is what it printed.
     """
-    command = [
-        sys.executable,
-        "-m",
-        "protnest.engine.cli",
-        "embed",
-        str(library),
-        "--out",
-        str(out),
-        "--json",
-        *options,
-    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     begun = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(
+        embed_command(library, out, *options), capture_output=True, text=True, env=environment, check=False
+    )
     seconds = time.perf_counter() - begun
     if done.returncode:
         raise RuntimeError(done.stderr)

@@ -54,6 +54,12 @@ class Sample:
     wall_s: float
 
 
+def embed_command(library: Path, out: Path, *options: str) -> list[str]:
+    """`protnest embed`, as a process of this Python, with a report for machines."""
+    words = ["-m", "protnest.engine.cli", "embed", str(library), "--out", str(out), "--json", *options]
+    return [sys.executable, *words]
+
+
 def watch(command: list[str], out: Path) -> Iterator[Sample]:
     """Runs a command that writes a store to `out`, and yields a sample each time run.json lists more shards.
 
@@ -119,18 +125,7 @@ def seconds_by_tenth(samples: list[Sample]) -> list[float]:
 
 
 def _embed(library: Path, out: Path, options: list[str], course: Path) -> tuple[list[Sample], dict[str, Any]]:
-    command = [
-        sys.executable,
-        "-m",
-        "protnest.engine.cli",
-        "embed",
-        str(library),
-        "--out",
-        str(out),
-        "--json",
-        *options,
-    ]
-    for sample in watch(command, out):
+    for sample in watch(embed_command(library, out, *options), out):
         append_rows(course, [vars(sample)])
         print(f"\r{out.name}: {sample.shards} shards, {sample.peak_bytes / 1e6:,.0f} MB", end="", file=sys.stderr)
     print(file=sys.stderr)

@@ -176,7 +176,6 @@ def embed(
     from .library import LibraryOptions, embed_library
     from .library_source import open_source
     from .progress import ResidueProgress
-    from .ray_library import embed_on_ray
 
     _check_usage(Path(library), id_col, seq_col, wt, target, offset)
     if chain is not None and layer is not None:
@@ -218,6 +217,8 @@ def embed(
         )
         details = {"versions": versions()}
         if engine == "ray":
+            from .ray_library import embed_on_ray
+
             result = embed_on_ray(
                 library,
                 out,
