@@ -33,7 +33,7 @@ from .atomic import replacing
 from .errors import InputError
 from .run_folder import LOCK_FILE, enter_folder
 from .schema_version import check_schema_version
-from .store import REJECTS_FILE, RUN_FILE, SCHEMA_VERSION
+from .store import REJECTS_FILE, RUN_FILE, SCHEMA_VERSION, is_temporary
 
 BLOCK_FORMATS = ("parquet", "lance")
 MISSING_FILE = "missing.csv"
@@ -152,7 +152,7 @@ class BlockFolder:
         # run.json goes first: a folder that is half cleared must not look like a run.
         names = self.names()
         for name in sorted(names, key=lambda name: name != RUN_FILE):
-            if name in (RUN_FILE, REJECTS_FILE, MISSING_FILE) or _PART.fullmatch(name) or _is_temporary(name):
+            if name in (RUN_FILE, REJECTS_FILE, MISSING_FILE) or _PART.fullmatch(name) or is_temporary(name):
                 self._fs.delete_file(self._at(name))
         if _DATASET in names:
             self._fs.delete_dir(self._at(_DATASET))
@@ -160,7 +160,7 @@ class BlockFolder:
     def tidy(self) -> None:
         """Removes what a killed run was writing."""
         for name in self.names():
-            if _is_temporary(name) or name == MISSING_FILE:
+            if is_temporary(name) or name == MISSING_FILE:
                 self._fs.delete_file(self._at(name))
 
     def blocks(self) -> dict[int, Block]:
@@ -270,7 +270,3 @@ class BlockFolder:
 
     def _at(self, name: str) -> str:
         return os.fspath(PurePosixPath(self._path) / name)
-
-
-def _is_temporary(name: str) -> bool:
-    return name.startswith(".") and name.endswith(".tmp")

@@ -17,6 +17,7 @@ from torch import nn
 from ..kernels.add_norm import add_norm
 from ..kernels.linear import needs_widening
 from ..kernels.product import Product
+from ..kernels.product_shapes import is_compiled, rows_to_multiply
 from ..kernels.varlen_attention import varlen_attention
 from .decoder_config import DecoderConfig
 from .device import precision_name
@@ -130,6 +131,9 @@ class Decoder(nn.Module):
         if longest > self.config.places:
             message = f"a sequence has {longest} tokens; {self.name} has positions for {self.config.places}"
             raise ValueError(message)
+        rows = batch.tokens_T.shape[0]
+        if is_compiled(self.product_dtype, self.device):
+            batch = batch.filled(rows_to_multiply(rows))
         ends = batch.cu_seqlens.long()
         T = batch.tokens_T.shape[0]
         begins_T = ends[:-1].repeat_interleave(ends.diff(), output_size=T)
@@ -140,7 +144,7 @@ class Decoder(nn.Module):
             q, k, v = qkv_THK.chunk(3, dim=1)
             return varlen_attention(q, k, v, batch.cu_seqlens, batch.lengths_B, causal=True).flatten(1)
 
-        return self.run(batch.tokens_T, places_T, attend)
+        return self.run(batch.tokens_T, places_T, attend)[:rows]
 
     def run(self, tokens_N: torch.Tensor, places_N: torch.Tensor, attend: Attend) -> torch.Tensor:
         """Hidden states (N, D) of tokens at places of their sequences, with the attention that is given."""

@@ -300,6 +300,7 @@ def _print_report(report: dict[str, Any]) -> None:
 
 def _waits(seconds: dict[str, float]) -> str:
     words = {
+        "loading": "loading the model",
         "checking": "checking the library",
         "awaiting_reader": "waiting for the reader",
         "awaiting_writer": "for the disk",

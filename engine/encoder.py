@@ -19,6 +19,7 @@ from ..kernels.add_norm import Norm, add_norm
 from ..kernels.bias_gelu import Move, bias_gelu
 from ..kernels.linear import leaves_bias, linear, needs_widening
 from ..kernels.product import Levels, Product
+from ..kernels.product_shapes import is_compiled, rows_to_multiply
 from ..kernels.rotary import rotary_table
 from ..kernels.rotary_attention import RotaryTable, rotary_attention
 from ..kernels.row_attention import row_attention
@@ -29,6 +30,19 @@ from .packing import ChosenRows, PackedBatch, pack
 
 # Share of tokens that were masked in ESM-2's training: 15 % chosen, 80 % of these shown as <mask>.
 TRAINED_MASK_RATIO = 0.15 * 0.8
+
+
+def _fill(batch: PackedBatch, chosen: ChosenRows | None) -> tuple[PackedBatch, ChosenRows | None]:
+    """Both with rows of nobody at their ends, so that few products are compiled."""
+    T = len(batch.tokens_T)
+    if chosen is None:
+        return batch.filled(rows_to_multiply(T)), None
+    R = len(chosen.index_R)
+    missing = rows_to_multiply(R) - R
+    tokens = rows_to_multiply(T + missing)
+    of_nobody = torch.arange(T, T + missing, device=chosen.index_R.device)
+    counts_B = chosen.counts_B + (1,) * missing + (0,) * (tokens - T - missing)
+    return batch.filled(tokens), ChosenRows(torch.cat([chosen.index_R, of_nobody]), counts_B)
 
 
 @dataclass(frozen=True, eq=False)
@@ -307,21 +321,26 @@ class Encoder(nn.Module):
         """The stream after the last layer, or after layer `stop`, and copies of the stream after some `layers`."""
         deepest = self.config.layers
         batch = batch.to(self.device)
+        T = len(batch.tokens_T)
         # Many rows: attention over whole sequences is the faster one.
-        few = chosen if chosen is not None and 2 * len(chosen.index_R) < len(batch.tokens_T) else None
+        few = chosen if chosen is not None and 2 * len(chosen.index_R) < T else None
+        if is_compiled(self.product_dtype, self.device):
+            batch, few = _fill(batch, few)
         x_TD = self._embed(batch)
         # Passes over the stream write into it: what is kept is a copy.
-        kept = {0: x_TD.clone()} if 0 in layers else {}
+        kept = {0: x_TD[:T].clone()} if 0 in layers else {}
         table = self._rotary_table(max(batch.lengths_B, default=0))
         pending: Product | None = None
         for depth, layer in enumerate(self.layers if stop is None else self.layers[:stop], start=1):
             x_TD, pending = layer(x_TD, pending, batch, table, few if depth == deepest else None)
             if depth in layers and depth != deepest:
                 x_TD, pending = add_norm(x_TD, pending, None, dtype=x_TD.dtype)[0], None
-                kept[depth] = x_TD.clone()
+                kept[depth] = x_TD[:T].clone()
         if pending is not None:
             x_TD = add_norm(x_TD, pending, None, dtype=x_TD.dtype)[0]
-        return x_TD if chosen is None or few is not None else x_TD[chosen.index_R], kept
+        if chosen is None:
+            return x_TD[:T], kept
+        return x_TD[: len(chosen.index_R)] if few is not None else x_TD[chosen.index_R], kept
 
     def tensors_at(self) -> tuple[int, int]:
         """Where the weights and the rotary table lie in memory: what is captured with others is stale."""

@@ -132,7 +132,7 @@ class LibraryResult:
         duplicates: rows whose id an earlier row carries too.
         residues: residues of the proteins that this call embedded.
         flags: how many of these proteins carry each flag.
-        times: where the time went; of several workers, added up.
+        times: where the time went.
         restarts: workers that died and were replaced.
         workers: processes that worked.
         wall_s: seconds from the first record read to the merged index.
@@ -203,12 +203,12 @@ def embed_library(
     ):
         if isinstance(embedder, EmbedderPlan):
             embedder = embedder.make()
-        started = time.perf_counter()
+        loaded = time.perf_counter()
         survey = survey_library(source, embedder, rejects=rejects, dedup=options.dedup)
         if not survey.records:
             message = f"no sequence to embed: all {survey.rejected} records were left out"
             raise InputError(message, file=source.path)
-        checking = time.perf_counter() - started
+        checked = time.perf_counter()
         settings = _settings(source, embedder, options, survey)
         about = {"input": {"path": str(source.path), "bytes": source.path.stat().st_size}}
         with StoreWriter(out, settings, details={**about, **(details or {})}, overwrite=overwrite) as store:
@@ -224,11 +224,19 @@ def embed_library(
                 run.in_processes(pool, workers)
             else:
                 run.in_this_process()
-            run.times.checking = checking
-            started = time.perf_counter()
+            embedded = time.perf_counter()
             duplicates = store.finish()
-            run.times.finishing = time.perf_counter() - started
-            return replace(run.result(), duplicates=duplicates, wall_s=time.perf_counter() - began)
+            ended = time.perf_counter()
+            # What this process does alone, every worker waits for.
+            count = len(workers) or 1
+            run.times.add(
+                StageTimes(
+                    loading=count * (loaded - began),
+                    checking=count * (checked - loaded),
+                    finishing=count * (ended - embedded),
+                )
+            )
+            return replace(run.result(), duplicates=duplicates, wall_s=ended - began)
 
 
 def _settings(source: RecordSource, embedder: Embedder, options: LibraryOptions, survey: Survey) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 
 from ..kernels import tokenise
 from .alphabet import BOS_ID, EOS_ID, RESIDUE_TABLE
@@ -41,6 +42,22 @@ class PackedBatch:
             tokens_T=to_device(self.tokens_T, device),
             cu_seqlens=to_device(self.cu_seqlens, device),
             lengths_B=self.lengths_B,
+            index_B=self.index_B,
+        )
+
+    def filled(self, tokens: int) -> PackedBatch:
+        """The same batch with sequences of one token each, and of nobody, until there are `tokens`.
+
+        `index_B` knows nothing of them: whoever calls for them leaves out the rows beyond those of `self`.
+        """
+        T = len(self.tokens_T)
+        if tokens == T:
+            return self
+        ends = torch.arange(T + 1, tokens + 1, dtype=self.cu_seqlens.dtype, device=self.cu_seqlens.device)
+        return PackedBatch(
+            tokens_T=F.pad(self.tokens_T, (0, tokens - T)),
+            cu_seqlens=torch.cat([self.cu_seqlens, ends]),
+            lengths_B=self.lengths_B + (1,) * (tokens - T),
             index_B=self.index_B,
         )
 

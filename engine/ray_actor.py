@@ -25,7 +25,7 @@ from .errors import InputError
 from .fasta import Record
 from .library_settings import EmbedderFacts
 from .shard_job import RecordFault, ShardJob, embed_job
-from .store import STORAGE_DTYPES, Entry
+from .store import INDEX_SCHEMA, STORAGE_DTYPES, Entry, index_table
 
 _TEXTS = pa.list_(pa.string())
 _JOB = pa.schema(
@@ -83,18 +83,13 @@ def job_of_table(table: pa.Table) -> ShardJob:
 
 
 def block_schema(width: int, pool: str, storage_dtype: str) -> pa.Schema:
-    """Columns of a block; with pool "residue" `embedding` is a list of rows."""
+    """Columns of a block: those of a store's index, and where its `row` is the `embedding` itself.
+
+    With pool "residue" that is a list of rows.
+    """
     vector = pa.list_(pa.from_numpy_dtype(STORAGE_DTYPES[storage_dtype]), width)
-    return pa.schema(
-        [
-            ("position", pa.int64()),
-            ("id", pa.string()),
-            ("header", pa.string()),
-            ("length", pa.int64()),
-            ("flags", pa.string()),
-            ("embedding", pa.list_(vector) if pool == "residue" else vector),
-        ]
-    )
+    row = INDEX_SCHEMA.get_field_index("row")
+    return INDEX_SCHEMA.set(row, pa.field("embedding", pa.list_(vector) if pool == "residue" else vector))
 
 
 def block_table(job: ShardJob, arrays: dict[str, npt.NDArray[Any]], schema: pa.Schema) -> pa.Table:
@@ -104,18 +99,7 @@ def block_table(job: ShardJob, arrays: dict[str, npt.NDArray[Any]], schema: pa.S
     rows: pa.Array = pa.FixedSizeListArray.from_arrays(pa.array(arrays["embeddings"].reshape(-1)), type=vector)
     if "offsets" in arrays:
         rows = pa.ListArray.from_arrays(pa.array(arrays["offsets"].astype(np.int32)), rows, type=kind)
-    records = [entry.record for entry in job.entries]
-    return pa.table(
-        {
-            "position": [record.index for record in records],
-            "id": [record.id for record in records],
-            "header": [record.header for record in records],
-            "length": [len(record.sequence) for record in records],
-            "flags": [",".join(entry.flags) for entry in job.entries],
-            "embedding": rows,
-        },
-        schema=schema,
-    )
+    return index_table(job.entries).drop_columns(["row"]).append_column(schema.field("embedding"), rows)
 
 
 class BlockEmbedder:

@@ -113,15 +113,19 @@ class _Run:
         self._embedded = self._residues = 0
 
     def run(self, about: dict[str, Any], *, overwrite: bool) -> LibraryResult:
-        began = started = time.perf_counter()
+        began = time.perf_counter()
         self._facts = find_facts(self._plan, self._placement)
+        loaded = time.perf_counter()
         rejects = io.StringIO(newline="")
         self._survey = survey = survey_library(self._source, self._facts, rejects=rejects)
         if not survey.records:
             message = f"no sequence to embed: all {survey.rejected} records were left out"
             raise InputError(message, file=self._source.path)
         self._settings = json.loads(json.dumps(self._resolve_settings()))
-        self._times.checking = time.perf_counter() - started
+        # What the driver does alone, every worker waits for.
+        count = self._placement.workers
+        self._times.loading = count * (loaded - began)
+        self._times.checking = count * (time.perf_counter() - loaded)
         with self._folder.held():
             done, is_complete = self._open(about, overwrite=overwrite)
             resumed = sum(done.values())
@@ -133,7 +137,7 @@ class _Run:
                 self._progress.start(survey.records, survey.work, survey.work)
             started = time.perf_counter()
             duplicates = self._finish(about, is_complete=is_complete)
-            self._times.finishing = time.perf_counter() - started
+            self._times.finishing = count * (time.perf_counter() - started)
         return LibraryResult(
             survey,
             self._embedded,

@@ -42,6 +42,7 @@ class _Hand:
     Attributes:
         process: itself.
         connection: to it.
+        told: when it was told what to do; 0.0 before.
         held: shards that it has and that are not listed yet, oldest first.
         has_begun: it has made its embedder, and asked for a shard.
         is_idle: it asked for a shard that it has not got yet.
@@ -50,6 +51,7 @@ class _Hand:
 
     process: subprocess.Popen[bytes]
     connection: Connection[Any, Any]
+    told: float = 0.0
     held: collections.OrderedDict[int, ShardJob] = field(default_factory=collections.OrderedDict)
     has_begun: bool = False
     is_idle: bool = False
@@ -117,7 +119,7 @@ class ShardWorkers:
         self._plans, self._on_shard, self._on_advance = plans, on_shard, on_advance
         _await_earlier_workers(plans[0].folder)
         for hand, plan in zip(self._hands, plans, strict=True):
-            _tell(hand, plan)
+            _begin(hand, plan)
         with ThreadPoolExecutor(1, "reader") as reader:
             ahead = reader.submit(next, jobs, None)
             is_read = False
@@ -159,6 +161,8 @@ class ShardWorkers:
 
     def _hear(self, hand: _Hand, word: str, *rest: Any) -> None:
         if word == "ready":
+            if not hand.has_begun:
+                self._times.loading += time.perf_counter() - hand.told
             hand.has_begun = hand.is_idle = True
         elif word == "advance":
             self._on_advance(*rest)
@@ -198,7 +202,7 @@ class ShardWorkers:
             self.restarts += 1
             place = self._hands.index(hand)
             self._hands[place] = _start(self._threads)
-            _tell(self._hands[place], self._plans[place])
+            _begin(self._hands[place], self._plans[place])
         else:
             hand.is_over = True
 
@@ -215,6 +219,11 @@ def _start(threads: int) -> _Hand:
     )
     theirs.close()
     return _Hand(process, ours)
+
+
+def _begin(hand: _Hand, plan: WorkerPlan) -> None:
+    hand.told = time.perf_counter()
+    _tell(hand, plan)
 
 
 def _tell(hand: _Hand, message: object) -> None:

@@ -23,9 +23,10 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 @dataclass(kw_only=True)
 class StageTimes:
-    """Where the wall time went, in seconds.
+    """Where the wall time went, in seconds; of several workers added up, so that what all wait for counts for each.
 
     Attributes:
+        loading: making the embedder; of a process of its own, until it asks for its first shard.
         checking: the first reading, before anything ran.
         model: embedding.
         awaiting_reader: the model had nothing to do, since the next shard was not read yet.
@@ -33,6 +34,7 @@ class StageTimes:
         finishing: merging the index.
     """
 
+    loading: float = 0.0
     checking: float = 0.0
     model: float = 0.0
     awaiting_reader: float = 0.0
