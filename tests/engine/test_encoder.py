@@ -18,11 +18,13 @@ import numpy as np
 import pytest
 import torch
 from protnest.engine import Embedder, Encoder, from_fair_esm, load_model
+from protnest.engine import encoder as module
 from protnest.engine.alphabet import AMINO_ACIDS, MASK_ID, PAD_ID, RESIDUES, TOKEN_IDS, TOKENS
 from protnest.engine.encoder import EncoderOutput
 from protnest.engine.packing import PackedBatch, pack
 from protnest.engine.quantise import quantised
 from protnest.kernels.cpu_kernels import LEVELS
+from protnest.kernels.product import Product
 
 from support.esm2_models import ALPHABET, fair_esm_outputs, hostile_encoder, hostile_esm2, in_fp64
 from support.mutants import ENCODER_MUTANTS
@@ -345,6 +347,32 @@ def test_empty_batch() -> None:
     output = encoder(pack([]), layers=[0, 2])
     assert output.hidden_TD.shape == output.layers[0].shape == output.layers[2].shape == (0, 64)
     assert encoder.logits(output.hidden_TD).shape == (0, len(TOKENS))
+
+
+def test_rows_of_nobody_leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where products are compiled for their shapes, batches are filled up: what is asked for has the same numbers."""
+    encoder = hostile_encoder(*SMALL).double()
+    batches = [_batch([(_protein(length), 0.2), (_protein(5), 0.0)]) for length in (1, 9, 70)]
+    everything = range(3)
+    plain = [(encoder(batch, layers=everything), encoder.stream(batch), encoder.hidden(batch, 1)) for batch in batches]
+    heights: set[int] = set()
+    multiply = module.Linear.product
+
+    def watched(self: module.Linear, rows: torch.Tensor) -> Product:
+        heights.add(len(rows))
+        return multiply(self, rows)
+
+    monkeypatch.setattr(module, "is_compiled", lambda dtype, device: True)
+    monkeypatch.setattr(module.Linear, "product", watched)
+    for batch, (output, stream_TD, hidden_TD) in zip(batches, plain, strict=True):
+        filled = encoder(batch, layers=everything)
+        pairs = [(filled.hidden_TD, output.hidden_TD), (encoder.stream(batch), stream_TD)]
+        pairs += [(encoder.hidden(batch, 1), hidden_TD)]
+        pairs += [(filled.layers[layer], output.layers[layer]) for layer in everything]
+        for found, wanted in pairs:
+            torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    assert heights == {16, 32, 80}
+    assert encoder(pack([])).hidden_TD.shape == (0, 64)
 
 
 def test_leaves_its_batch_alone() -> None:

@@ -86,3 +86,16 @@ def test_moving_keeps_everything() -> None:
     assert {tensor.device.type for tensor in (moved.tokens_T, moved.cu_seqlens)} == {"meta"}
     assert moved.lengths_B == batch.lengths_B
     assert moved.index_B is batch.index_B
+
+
+def test_filled_with_sequences_of_one_token() -> None:
+    batch = pack(["MK", "T"], np.array([5, 3]))
+    filled = batch.filled(10)
+    assert filled.tokens_T.tolist() == [*batch.tokens_T.tolist(), 0, 0, 0]
+    assert filled.cu_seqlens.tolist() == [0, 4, 7, 8, 9, 10]
+    assert (filled.tokens_T.dtype, filled.cu_seqlens.dtype) == (torch.int32, torch.int32)
+    assert filled.lengths_B == (4, 3, 1, 1, 1)
+    assert filled.index_B is batch.index_B
+    assert batch.lengths_B == (4, 3)
+    assert batch.filled(7) is batch
+    assert pack([]).filled(0).lengths_B == ()

@@ -102,12 +102,17 @@ def test_as_all_tokens_say(company: str, dropout: bool, precision: str) -> None:
         assert error <= TOLERANCES[precision], f"{name}: {error:.3g}"
 
 
+@pytest.mark.parametrize("filled", [False, True], ids=["", "filled up"])
 @pytest.mark.parametrize("precision", ["fp32", "fp64"])
 @pytest.mark.parametrize("shape", [SMALL, ONE_LAYER])
-def test_as_the_head_says_of_hidden_states(shape: tuple[int, int, int], precision: str) -> None:
+def test_as_the_head_says_of_hidden_states(
+    shape: tuple[int, int, int], precision: str, filled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     encoder, batch = _encoder(shape, precision), _batch(RAGGED)
     with torch.inference_mode():
         logits_TV = encoder.logits(encoder(batch).hidden_TD)
+        # Where products are compiled for their numbers of rows, those of nobody come to both.
+        monkeypatch.setattr(module, "is_compiled", lambda dtype, device: filled)
         for counts in CHOICES.values():
             chosen = _rows(batch, counts)
             got_RV = encoder.row_logits(batch, chosen)
