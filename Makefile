@@ -43,7 +43,13 @@ family: $(BIN)/protnest
 million: $(BIN)/protnest
 	$(BIN)/python -m protnest.benchmarks.million $(DATA) --out out/million-$(COUNT) --count $(COUNT) --workers 2 --check
 
-test: lint types unit wheel
+# Kernels for GPUs run in Triton's interpreter, in a process of their own.
+define suite
+	$(SUITE) -m 'not slow'
+	TRITON_INTERPRET=1 $(SUITE) -m 'gpu and not slow' tests/kernels
+endef
+
+test: lint types wheel
 
 lint: $(VENV)/test
 	$(BIN)/ruff check .
@@ -55,16 +61,18 @@ types: $(VENV)/test
 	for folder in engine kernels training benchmarks; do ln -sfn ../../$$folder .typecheck/protnest/$$folder; done
 	MYPYPATH=.typecheck $(BIN)/mypy -p protnest
 
+# The suite on the checkout, for whoever works on it.
+unit: SUITE := $(PYTEST)
 unit: $(VENV)/test
-	$(PYTEST) -m 'not slow'
-	TRITON_INTERPRET=1 $(PYTEST) -m 'gpu and not slow' tests/kernels
+	$(suite)
 
-# What users install is what was tested: the wheel's contents, and the same suite on the wheel's files.
+# What users install is what was tested: the suite on the wheel's files.
+wheel: SUITE := PROTNEST_WHEEL=$(CURDIR)/build/wheel PYTHONPATH=$(CURDIR)/build/wheel $(PYTEST)
 wheel: $(VENV)/test
 	rm -rf build dist
 	$(BIN)/python -m build --wheel --outdir dist .
 	$(BIN)/pip install --quiet --no-deps --target build/wheel dist/*.whl
-	PROTNEST_WHEEL=$(CURDIR)/build/wheel PYTHONPATH=$(CURDIR)/build/wheel $(PYTEST) -m 'not slow'
+	$(suite)
 
 clean:
 	rm -rf build dist out .typecheck *.egg-info

@@ -186,13 +186,17 @@ class Decoder(nn.Module):
         ends = np.cumsum(batch.lengths_B)
         predicts = np.ones(len(hidden_TD), dtype=bool)
         predicts[ends - 1] = False
-        rows_N = torch.from_numpy(np.flatnonzero(predicts)).to(self.device)
+        rows = np.flatnonzero(predicts)
+        if is_compiled(self.product_dtype, self.device):
+            # The first row again, for nobody.
+            rows = np.pad(rows, (0, rows_to_multiply(len(rows)) - len(rows)))
+        rows_N = torch.from_numpy(rows).to(self.device)
         parts = []
         for some in torch.split(rows_N, rows_at_once):
             logits_NV = self.logits(hidden_TD[some]).double()
             picked_N = logits_NV.gather(1, tokens_T[some + 1, None])[:, 0]
             parts.append((picked_N - logits_NV.logsumexp(dim=1)).cpu().numpy())
-        values = np.concatenate([np.empty(0), *parts])
+        values = np.concatenate([np.empty(0), *parts])[: np.count_nonzero(predicts)]
         return np.split(values, np.cumsum(np.array(batch.lengths_B) - 1)[:-1])
 
 

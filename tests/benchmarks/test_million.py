@@ -52,13 +52,16 @@ def _samples(*points: tuple[int, float]) -> list[Sample]:
 
 def test_seconds_by_tenth() -> None:
     even = _samples(*((shard, 9.0 + 2.0 * shard) for shard in range(101)))
-    assert seconds_by_tenth(even) == [2.0] * 10
+    assert seconds_by_tenth(even) == pytest.approx([2.0] * 10)
     # Killed after shard 50, begun again with what the start costs; then slower.
-    again = _samples(*((shard, 2.0 * shard) for shard in range(51)), (50, 4.0))
+    again = _samples(*((shard, 2.0 * shard) for shard in range(51)), (50, 0.5))
     again += _samples(*((shard, 4.0 + 3.0 * (shard - 50)) for shard in range(51, 101)))
-    assert seconds_by_tenth(again) == [2.0] * 5 + [3.0] * 5
-    few = seconds_by_tenth(_samples((0, 1.0), (1, 3.0), (2, 4.0)))
-    assert few[5] == 1.0
+    assert seconds_by_tenth(again) == pytest.approx([2.0] * 5 + [3.0] * 5)
+    # Two workers in step at first, a shard apart later: what is under way at a tenth's ends hardly counts.
+    apart = _samples(*((shard, 4.0 * ((shard + 1) // 2) if shard < 40 else 2.0 * shard + 1.0) for shard in range(491)))
+    assert seconds_by_tenth(apart) == pytest.approx([2.0] * 10, rel=0.01)
+    few = seconds_by_tenth(_samples((0, 1.0), (5, 3.0), (10, 4.0), (11, 4.5), (20, 9.0)))
+    assert few[5] == pytest.approx(0.5)
     assert math.isnan(few[0])
 
 

@@ -101,7 +101,7 @@ def test_rows_of_nobody_leave_no_trace(pair: tuple[Any, Decoder, Path], monkeypa
     """Where products are compiled for their shapes, batches are filled up: what is asked for has the same numbers."""
     ours = copy.deepcopy(pair[1]).double()
     ids = _ids(ours)
-    wanted_TV = _logits(ours, ids)
+    wanted_TV, wanted = _logits(ours, ids), ours.log_likelihoods(pack_ids(ids))
     heights: set[int] = set()
     attend = module.varlen_attention
 
@@ -113,6 +113,11 @@ def test_rows_of_nobody_leave_no_trace(pair: tuple[Any, Decoder, Path], monkeypa
     monkeypatch.setattr(module, "varlen_attention", watched)
     torch.testing.assert_close(_logits(ours, ids), wanted_TV, rtol=1e-12, atol=1e-12)
     assert heights == {rows_to_multiply(len(wanted_TV))} != {len(wanted_TV)}
+    for rows_at_once in (7, 1024):
+        for found, values in zip(ours.log_likelihoods(pack_ids(ids), rows_at_once=rows_at_once), wanted, strict=True):
+            np.testing.assert_allclose(found, values, rtol=0, atol=1e-12)
+    start = np.array([ours.vocabulary.start])
+    assert [each.size for each in ours.log_likelihoods(pack_ids([start]))] == [0]
 
 
 def test_log_likelihoods_in_parts(decoder: Decoder) -> None:
