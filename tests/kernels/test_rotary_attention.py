@@ -26,6 +26,7 @@ from protnest.kernels import cpu_kernels
 from protnest.kernels import rotary_attention as module
 from protnest.kernels.cpu_kernels import LEVELS, cpu_level, product_arrays
 from protnest.kernels.extension import load, missing_reason
+from protnest.kernels.hardware import multiplies_bf16
 from protnest.kernels.product import Product, Scales
 from protnest.kernels.rotary_attention import RotaryTable, rotary_attention
 
@@ -293,6 +294,11 @@ def _broken(dtype: torch.dtype, part: int, token: int, value: float | str) -> Ca
     return Case(Product(guarded(qkv.view(162, -1))), case.table, case.lengths_B, case.heads)
 
 
+def _torch_gives_zeros(impl: str, dtype: torch.dtype) -> bool:
+    """Whether torch's own attention may answer an infinite score with zeros: in bf16, on a CPU with units for it."""
+    return impl == "torch" and dtype == torch.bfloat16 and multiplies_bf16(torch.device("cpu"))
+
+
 def _check_not_numbers(impl: str, dtype: torch.dtype) -> None:
     clean = _run(impl, make_cached((21, 131, 10), 16, dtype)).view(162, -1, 16)
     elsewhere = torch.ones(clean.shape, dtype=torch.bool)
@@ -302,6 +308,8 @@ def _check_not_numbers(impl: str, dtype: torch.dtype) -> None:
         case = _broken(dtype, part, token, value)
         got = _run(impl, case).view(clean.shape)
         assert torch.equal(got[elsewhere], clean[elsewhere])
+        if _torch_gives_zeros(impl, dtype) and part < 2 and value in (torch.inf, -torch.inf):
+            continue
         gold = torch.tensor(case.gold.out)
         assert torch.equal(got.isnan(), gold.isnan()), f"{part=}, {token=}, {value=}"
         assert torch.equal(got.isfinite(), gold.isfinite()), f"{part=}, {token=}, {value=}"
