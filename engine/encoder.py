@@ -32,19 +32,6 @@ from .packing import ChosenRows, PackedBatch, pack
 TRAINED_MASK_RATIO = 0.15 * 0.8
 
 
-def _fill(batch: PackedBatch, chosen: ChosenRows | None) -> tuple[PackedBatch, ChosenRows | None]:
-    """Both with rows of nobody at their ends, so that few products are compiled."""
-    T = len(batch.tokens_T)
-    if chosen is None:
-        return batch.filled(rows_to_multiply(T)), None
-    R = len(chosen.index_R)
-    missing = rows_to_multiply(R) - R
-    tokens = rows_to_multiply(T + missing)
-    of_nobody = torch.arange(T, T + missing, device=chosen.index_R.device)
-    counts_B = chosen.counts_B + (1,) * missing + (0,) * (tokens - T - missing)
-    return batch.filled(tokens), ChosenRows(torch.cat([chosen.index_R, of_nobody]), counts_B)
-
-
 @dataclass(frozen=True, eq=False)
 class EncoderOutput:
     """What a forward pass leaves.
@@ -404,3 +391,16 @@ class Encoder(nn.Module):
         return [
             hidden_TD[end - length + 1 : end - 1] for end, length in zip(ends.tolist(), batch.lengths_B, strict=True)
         ]
+
+
+def _fill(batch: PackedBatch, chosen: ChosenRows | None) -> tuple[PackedBatch, ChosenRows | None]:
+    """Both with rows of nobody at their ends, so that few products are compiled."""
+    T = len(batch.tokens_T)
+    if chosen is None:
+        return batch.filled(rows_to_multiply(T)), None
+    R = len(chosen.index_R)
+    missing = rows_to_multiply(R) - R
+    tokens = rows_to_multiply(T + missing)
+    of_nobody = torch.arange(T, T + missing, device=chosen.index_R.device)
+    counts_B = chosen.counts_B + (1,) * missing + (0,) * (tokens - T - missing)
+    return batch.filled(tokens), ChosenRows(torch.cat([chosen.index_R, of_nobody]), counts_B)

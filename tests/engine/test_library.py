@@ -19,6 +19,7 @@ import pytest
 import torch
 from protnest.engine import Embedder, Encoder, InputError, embed_library, load_model, read_embeddings
 from protnest.engine.atomic import write_atomically
+from protnest.engine.embedder_plan import EmbedderPlan
 from protnest.engine.library import LibraryOptions
 from protnest.engine.library_survey import survey_library
 from protnest.engine.packing import PackedBatch
@@ -56,6 +57,20 @@ class _StopAfter:
         if self.left == 0:
             raise _Killed
         self.left -= 1
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_report_says_where_the_time_went(tmp_path: Path, model: Path, workers: int) -> None:
+    fasta = write_fasta(tmp_path / "in.fasta", random_proteins(200))
+    plan = EmbedderPlan(models=(str(model),), device="cpu", precision="fp32")
+    result = embed_library(fasta, tmp_path / "out", plan, LibraryOptions(shard_records=20, workers=workers))
+    times = vars(result.times)
+    assert min(times.values()) >= 0
+    assert min(times[name] for name in ("loading", "checking", "model", "finishing")) > 0
+    assert result.idle_share is not None
+    waited = sum(times.values()) - times["model"]
+    # All of it, but for the moments in which files are opened and processes told.
+    assert 0.7 * result.idle_share < waited / (workers * result.wall_s) <= 1.001 * result.idle_share
 
 
 def test_rows_follow_the_file(tmp_path: Path, embedder: Embedder) -> None:
