@@ -95,7 +95,7 @@ class BlockFolder:
             message = f"format is {format!r}; with --engine ray allowed: {', '.join(BLOCK_FORMATS)}"
             raise InputError(message)
         if format == "lance" and importlib.util.find_spec("lance") is None:
-            message = "format lance needs pylance: pip install pylance"
+            message = "format lance needs pylance: pip install 'protnest[lance]'"
             raise InputError(message)
         self.place = place.rstrip("/") or "/"
         self.format = format

@@ -159,7 +159,7 @@ def test_without_ray_the_extra_is_named(tmp_path: Path) -> None:
             check_ray()
         with pytest.raises(InputError, match="needs Ray Data"):
             embed_on_ray("in.fasta", str(tmp_path / "out"), EmbedderPlan())
-        with pytest.raises(InputError, match="format lance needs pylance: pip install pylance"):
+        with pytest.raises(InputError, match=r"format lance needs pylance: pip install 'protnest\[lance\]'"):
             BlockFolder(str(tmp_path / "out"), "lance")
 
 
