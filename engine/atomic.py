@@ -13,7 +13,7 @@ from pathlib import Path
 def replacing(path: Path, *, unique: bool = False) -> Iterator[Path]:
     """Yields a temporary path beside `path`; what was written there is flushed to the disk and renamed into place.
 
-    After an error nothing is left of it, and `path` is what it was.
+    After an error nothing is left of it, and `path` is what it was. An OSError that names no file names `path`.
 
     Args:
         path: the file.
@@ -21,11 +21,12 @@ def replacing(path: Path, *, unique: bool = False) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp" if unique else f".{path.name}.tmp")
     try:
-        yield temporary
-        temporary.chmod(0o666 & ~_umask())  # safetensors writes files that only their owner can read
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with naming(path):
+            yield temporary
+            temporary.chmod(0o666 & ~_umask())  # safetensors writes files that only their owner can read
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
     except BaseException:
         with suppress(OSError):  # What went wrong first is what has to be told.
             temporary.unlink(missing_ok=True)
@@ -50,6 +51,8 @@ def naming(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.filename is None:
+            # With a file name a message that came without a number would no longer be shown.
+            error.strerror = error.strerror or str(error)
             error.filename = str(path)
         raise
 

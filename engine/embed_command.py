@@ -182,6 +182,9 @@ def embed(
         message = "--layer with --chain: a chain is fitted on last layers"
         raise typer.BadParameter(message)
     if engine == "native":
+        if output_format == "lance":
+            message = "--format lance goes with --engine ray"
+            raise typer.BadParameter(message)
         check_format(output_format or "safetensors")
     started = time.perf_counter()
     plan = EmbedderPlan(

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _NEAR = 3
 _COMPARED = 2000
+_ARROW_BYTES = 64 << 20
 """Ids that a missing one is held against for likeness, which takes about a tenth of a second."""
 
 
@@ -145,18 +146,24 @@ class Embeddings:
         """All proteins as Arrow record batches of `id` and `embedding`, made as they are asked for; read once.
 
         `embedding` is a fixed-size list of D numbers, with pool=residue a list of such lists. `.read_all()` gives a
-        table, which holds everything in memory.
+        table, which holds everything in memory. A batch has at most `proteins_at_once`, and of residues so many that
+        it holds 64 MB, or one protein.
         """
         vector = pa.list_(pa.from_numpy_dtype(self.array.dtype), self.array.shape[1])
         kind = vector if self.offsets is None else pa.list_(vector)
         schema = pa.schema([("id", pa.string()), ("embedding", kind)])
 
         def batches() -> Iterator[pa.RecordBatch]:
-            for begin in range(0, len(self), proteins_at_once):
-                end = min(begin + proteins_at_once, len(self))
+            most_rows = max(1, _ARROW_BYTES // (self.array.shape[1] * self.array.dtype.itemsize))
+            end = 0
+            while end < len(self):
+                begin, end = end, min(end + proteins_at_once, len(self))
                 first, last = begin, end
                 if self.offsets is not None:
-                    first, last = int(self.offsets[begin]), int(self.offsets[end])
+                    first = int(self.offsets[begin])
+                    fits = int(np.searchsorted(self.offsets, first + most_rows, side="right")) - 1
+                    end = max(begin + 1, min(end, fits))
+                    last = int(self.offsets[end])
                 rows = pa.FixedSizeListArray.from_arrays(pa.array(self.array[first:last].reshape(-1)), type=vector)
                 if self.offsets is not None:
                     within = pa.array((self.offsets[begin : end + 1] - first).astype(np.int32))

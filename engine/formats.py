@@ -14,24 +14,28 @@ With --dedup each protein has its own copy, as readers of these formats expect.
 from __future__ import annotations
 
 import csv
+import errno
 import importlib.util
+import math
 import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 
-from .atomic import write_atomically
+from .atomic import naming, write_atomically
 from .embeddings import Embeddings, check_anndata
 from .errors import InputError
 
 FORMATS = ("safetensors", "parquet", "h5", "npy", "pt", "h5ad", "csv")
 POOLED_ONLY = ("h5ad", "csv")
 _ROWS_AT_ONCE = 4096
+_H5_BYTES = 1024
+"""That HDF5 takes for a dataset and its attribute, beside the numbers, at least."""
 
 Follower = Callable[[int, int], None]
 """Is told `(done, total)`, in proteins, or rows of the array."""
@@ -75,7 +79,10 @@ def convert(
         message = f"holds one embedding a residue, and {name} takes one a protein; these take both: {others}"
         raise InputError(message, file=embeddings.folder)
     follow = follow or (lambda done, total: None)
-    path = path or default_path(folder, name)
+    path = (path or default_path(folder, name)).absolute()
+    if not path.name:
+        message = "is no name for a copy: choose another --out"
+        raise InputError(message, file=path)
     if name == "pt":
         return _write_pt(embeddings, path, follow)
     writers = {"parquet": _write_parquet, "npy": _write_npy, "h5": _write_h5, "h5ad": _write_h5ad, "csv": _write_csv}
@@ -119,15 +126,18 @@ def _write_parquet(embeddings: Embeddings, path: Path, follow: Follower) -> None
 
 def _write_npy(embeddings: Embeddings, path: Path, follow: Follower) -> None:
     array = embeddings.array
-    out = np.lib.format.open_memmap(path, mode="w+", dtype=array.dtype, shape=array.shape)
-    for begin, end in _spans(len(array), follow):
-        out[begin:end] = array[begin:end]
-    out.flush()
+    header = {"descr": np.lib.format.dtype_to_descr(array.dtype), "fortran_order": False, "shape": array.shape}
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for begin, end in _spans(len(array), follow):
+            file.write(np.ascontiguousarray(array[begin:end]).data)
 
 
 def _write_h5(embeddings: Embeddings, path: Path, follow: Follower) -> None:
     import h5py
 
+    # HDF5 finds out as it closes the file, and takes the process with it.
+    _check_space(path, _size_bytes(embeddings) + _H5_BYTES * len(embeddings))
     with h5py.File(path, "w") as file:
         for row, name in enumerate(embeddings.ids):
             file.create_dataset(str(row), data=embeddings[row]).attrs["original_id"] = name
@@ -135,6 +145,7 @@ def _write_h5(embeddings: Embeddings, path: Path, follow: Follower) -> None:
 
 
 def _write_h5ad(embeddings: Embeddings, path: Path, follow: Follower) -> None:
+    _check_space(path, _size_bytes(embeddings))
     embeddings.to_anndata().write_h5ad(path)
     follow(len(embeddings), len(embeddings))
 
@@ -152,26 +163,26 @@ def _write_csv(embeddings: Embeddings, path: Path, follow: Follower) -> None:
 def _write_pt(embeddings: Embeddings, folder: Path, follow: Follower) -> Path:
     import torch
 
+    stems = _stems(embeddings.ids)
+    _check_folder(folder, {f"{stem}.pt" for stem in stems})
     layer = embeddings.run["settings"].get("layer", embeddings.run["settings"]["layers"])
     key = {"mean": "mean_representations", "bos": "bos_representations", "residue": "representations"}.get(
         embeddings.run["settings"]["pool"], "max_representations"
     )
     temporary = folder.with_name(f".{folder.name}.tmp")
-    _remove_folder(temporary)
+    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        taken: set[str] = set()
-        seen: Counter[str] = Counter()
-        for row, name in enumerate(embeddings.ids):
-            stem = _stem(name, seen, taken)
+        for row, (name, stem) in enumerate(zip(embeddings.ids, stems, strict=True)):
             path = temporary / f"{stem}.pt"
-            with path.open("wb") as file:
+            with naming(folder), path.open("wb") as file:
                 # A copy: `embeddings[row]` may be a view of more, all of which torch would write.
                 torch.save({"label": name, key: {layer: torch.from_numpy(embeddings[row].copy())}}, file)
                 file.flush()
                 os.fsync(file.fileno())
             follow(row + 1, len(embeddings))
-        _remove_folder(folder)
+        if folder.exists():
+            shutil.rmtree(folder)
         temporary.replace(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -179,29 +190,39 @@ def _write_pt(embeddings: Embeddings, folder: Path, follow: Follower) -> Path:
     return folder
 
 
-def _stem(name: str, seen: Counter[str], taken: set[str]) -> str:
-    """A name that a file can have, and no other protein's has."""
-    # The longest that file systems allow is 255 bytes.
-    stem = base = re.sub(r"[/\0]", "_", name).encode()[:240].decode(errors="ignore")
-    while stem in taken or not stem.strip("."):
-        seen[base] += 1
-        stem = f"{base}.{seen[base] + 1}"
-    taken.add(stem)
-    return stem
+def _stems(names: Sequence[str]) -> list[str]:
+    """For each protein a name that a file can have, and no other protein's has."""
+    taken: set[str] = set()
+    seen: Counter[str] = Counter()
+    stems = []
+    for name in names:
+        # The longest that file systems allow is 255 bytes.
+        stem = base = re.sub(r"[/\0]", "_", name).encode()[:240].decode(errors="ignore")
+        while stem in taken or not stem.strip("."):
+            seen[base] += 1
+            stem = f"{base}.{seen[base] + 1}"
+        taken.add(stem)
+        stems.append(stem)
+    return stems
 
 
-def _remove_folder(folder: Path) -> None:
-    """Removes a folder of .pt files, where there is one.
-
-    Raises:
-        InputError: it is no folder, or holds anything else.
-    """
+def _check_folder(folder: Path, names: set[str]) -> None:
+    """Raises InputError for a folder, to be replaced, that is none, or holds anything but files of these names."""
     if not folder.exists():
         return
     if not folder.is_dir():
         message = "is a file; .pt files are written into a folder"
         raise InputError(message, file=folder)
-    if foreign := sorted(each.name for each in folder.iterdir() if each.suffix != ".pt"):
-        message = f"holds other things than .pt files ({', '.join(foreign[:3])}): choose another folder"
+    if foreign := sorted(each.name for each in folder.iterdir() if each.name not in names):
+        message = f"holds other things than this store's .pt files ({', '.join(foreign[:3])}): choose another folder"
         raise InputError(message, file=folder)
-    shutil.rmtree(folder)
+
+
+def _size_bytes(embeddings: Embeddings) -> int:
+    return math.prod(embeddings.array.shape) * embeddings.array.dtype.itemsize
+
+
+def _check_space(path: Path, size_bytes: int) -> None:
+    """Raises OSError where a file of that size does not fit."""
+    if shutil.disk_usage(path.parent).free < size_bytes:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -8,6 +8,7 @@ depends on the file and the settings alone, so a resumed run repeats an interrup
 
 from __future__ import annotations
 
+import csv
 import functools
 import itertools
 import os
@@ -207,6 +208,9 @@ def embed_library(
         survey = survey_library(source, embedder, rejects=rejects, dedup=options.dedup)
         if not survey.records:
             message = f"no sequence to embed: all {survey.rejected} records were left out"
+            rejects.seek(0)
+            if first := next(csv.DictReader(rejects), None):
+                message += f", record {first['record']} since {first['reason']}"
             raise InputError(message, file=source.path)
         checked = time.perf_counter()
         settings = _settings(source, embedder, options, survey)
@@ -261,6 +265,11 @@ def most_residues(*, width: int, pool: str, is_chain: bool) -> int:
     return SHARD_RESIDUES
 
 
+def _records(shard: Shard) -> int:
+    """Proteins that have their embeddings in a shard, or with `dedup` in one before it."""
+    return shard.rows if shard.records is None else shard.records
+
+
 class _Run:
     """Embeds the shards that a store lacks."""
 
@@ -279,7 +288,7 @@ class _Run:
         self._options = options
         self._survey = survey
         self._progress = progress
-        self._resumed = sum(shard.rows for shard in store.shards.values())
+        self._resumed = sum(_records(shard) for shard in store.shards.values())
         self._embedded = self._residues = 0
         self._flags: Counter[str] = Counter()
         self._workers, self._restarts = 1, 0
@@ -361,7 +370,7 @@ class _Run:
 
     def _finish(self, job: ShardJob, shard: Shard) -> None:
         self._store.add(shard)
-        self._embedded += shard.rows
+        self._embedded += _records(shard)
         self._residues += sum(len(record.sequence) for record in job.fresh)
         self._flags.update(itertools.chain.from_iterable(entry.flags for entry in job.entries))
 

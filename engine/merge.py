@@ -33,7 +33,7 @@ from .store import (
 
 Follower = Callable[[int, int], None]
 _DAMAGED = "is damaged: its SHA-256 is not that of what was written; `protnest verify --discard`, then embed again"
-_STORE_KEYS = {"schema_version", "complete", "settings", "rows", "shards", "index_sha256"}
+_STORE_KEYS = {"schema_version", "complete", "settings", "rows", "shards", "index_sha256", "rejects_sha256"}
 
 
 @dataclass(frozen=True)

@@ -163,8 +163,12 @@ class Searcher:
         """Writes the keys beside the store, whole or not at all, for `load` to find."""
         assert self.keys is not None
         tensors = {"mean": self.keys.mean_D, "axes": self.keys.axes_PA, "keys": self.keys.rows_NK}
-        metadata = {"schema_version": str(SCHEMA_VERSION), "store": self._fingerprint}
         contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+        metadata = {
+            "schema_version": str(SCHEMA_VERSION),
+            "store": self._fingerprint,
+            "sha256": _sha256(self.keys),
+        }
         write_atomically(self.path, lambda temporary: save_file(contiguous, temporary, metadata=metadata))
         return self.path
 
@@ -183,10 +187,14 @@ class Searcher:
                 if metadata.get("store") != self._fingerprint:
                     return False
                 mean_D, axes_PA = file.get_tensor("mean"), file.get_tensor("axes")
+            keys = Keys(mean_D, axes_PA, read_tensors(self.path)["keys"].view())
         except (SafetensorError, OSError) as error:
             message = f"not a readable index ({error}); delete it, and it is made again"
             raise InputError(message, file=self.path) from error
-        self.keys = Keys(mean_D, axes_PA, read_tensors(self.path)["keys"].view())
+        if _sha256(keys) != metadata.get("sha256"):
+            message = "not a readable index (its SHA-256 is another one); delete it, and it is made again"
+            raise InputError(message, file=self.path)
+        self.keys = keys
         return True
 
     def search(self, queries_QD: npt.NDArray[Any], k: int, *, candidates: int | None = None) -> Hits:
@@ -299,6 +307,14 @@ def _leading_axes(scatter_PP: npt.NDArray[np.float64]) -> Floats:
     wanted = 1 + int(np.searchsorted(kept_P, EXPLAINED * kept_P[-1]))
     padded = -(-(wanted + 1) // _KEY_MULTIPLE) * _KEY_MULTIPLE - 1
     return np.ascontiguousarray(axes_PP[:, ::-1][:, :padded], dtype=np.float32)
+
+
+def _sha256(keys: Keys) -> str:
+    """Of all their numbers."""
+    digest = hashlib.sha256()
+    for tensor in (keys.mean_D, keys.axes_PA, keys.rows_NK):
+        digest.update(np.ascontiguousarray(tensor).data)
+    return digest.hexdigest()
 
 
 def _fingerprint(run: dict[str, Any]) -> str:

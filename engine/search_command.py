@@ -32,8 +32,19 @@ PAYS_FROM = 500
 def search(
     folder: Annotated[Path, typer.Argument(help="A finished store: what `embed` wrote to --out.", metavar="DIR")],
     query: Annotated[
-        Path, typer.Argument(help="Proteins to look for: FASTA, plain or .gz, or another store.", metavar="QUERY")
+        Path,
+        typer.Argument(
+            help="Proteins to look for: what `embed` takes, FASTA or a table, or another store.", metavar="QUERY"
+        ),
     ],
+    id_col: Annotated[
+        str | None,
+        typer.Option(help="Of a table of queries: column of ids.", show_default="as of `embed`"),
+    ] = None,
+    seq_col: Annotated[
+        str | None,
+        typer.Option(help="Of a table of queries: column of sequences.", show_default="as of `embed`"),
+    ] = None,
     neighbours: Annotated[int, typer.Option("-k", "--neighbours", help="Hits of each query.", min=1)] = 10,
     dims: Annotated[
         int | None,
@@ -94,7 +105,8 @@ def search(
     console = Console(stderr=True, soft_wrap=True)
     with ResidueProgress(console, checking="checking the queries") as progress:
         given: dict[str, Any] = {"model": model, "chain": chain, "device": device, "precision": precision}
-        queries = _open_queries(query, settings, folder, given, invalid, progress)
+        reading = {"invalid": invalid, "id_column": id_col, "sequence_column": seq_col}
+        queries = _open_queries(query, settings, folder, given, reading, progress)
         run = _Run(searcher, neighbours, candidates, check)
         run.choose(mode, queries.count, keep_index)
         rows = run.rows(queries, embeddings.ids)
@@ -121,7 +133,7 @@ def search(
 
 
 def _open_queries(
-    query: Path, settings: dict[str, Any], folder: Path, given: dict[str, Any], invalid: Any, progress: Any
+    query: Path, settings: dict[str, Any], folder: Path, given: dict[str, Any], reading: dict[str, Any], progress: Any
 ) -> LibraryQueries | StoreQueries:
     from .embeddings import read_embeddings
     from .library_source import open_source
@@ -132,7 +144,7 @@ def _open_queries(
     if not query.exists():
         message = "no such file: queries are a file of proteins, or a folder that `protnest embed` wrote"
         raise InputError(message, file=query)
-    source = open_source(query, invalid=invalid)
+    source = open_source(query, **reading)
     return LibraryQueries(source, open_embedder(settings, folder, **given), progress=progress)
 
 

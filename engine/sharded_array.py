@@ -50,6 +50,9 @@ class RowArray(ABC):
         if isinstance(key, slice):
             begin, end, step = key.indices(len(self))
             return self._range(begin, end) if step == 1 else self._rows(np.arange(begin, end, step))
+        if isinstance(key, tuple):
+            message = "rows are chosen first, numbers of them then: array[3][:5], not array[3, :5]"
+            raise IndexError(message)
         rows = np.asarray(key)
         if rows.dtype == bool:
             if rows.shape != (len(self),):

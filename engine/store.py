@@ -1,7 +1,7 @@
 """A run's folder on disk: shards of embeddings, an index, rejects, and run.json, which says what is finished.
 
     run.json                 schema version, resolved settings, model, versions, input, finished shards with the SHA-256
-                             of their files, `complete`
+                             of their files, that of the index and the rejects, `complete`
     part-NNNNN.safetensors   `embeddings` (n, D); with pool=residue (sum of lengths, D) beside `offsets` int64 (n + 1,)
     part-NNNNN.parquet       the shard's records of the index, until the run completes
     index.parquet            position, id, header, length, flags, row: one line a record, in input order
@@ -45,6 +45,7 @@ RUN_FILE = "run.json"
 INDEX_FILE = "index.parquet"
 REJECTS_FILE = "rejects.csv"
 _PART = re.compile(r"part-\d{5,}\.(safetensors|parquet)")
+_SEARCH_INDEX = re.compile(r"search-(cosine|dot)-\d+\.safetensors")
 _COPY = re.compile(r"embeddings\.(parquet|h5|npy|h5ad|csv)")
 
 STORAGE_DTYPES: dict[str, npt.DTypeLike] = {"fp32": np.float32, "fp16": np.float16}
@@ -207,6 +208,7 @@ class StoreWriter:
         self.complete = False
         self.shards: dict[int, Shard] = {}
         self._index_sha256: str | None = None
+        self._rejects_sha256: str | None = None
         self._held = contextlib.ExitStack()
 
     def __enter__(self) -> StoreWriter:
@@ -234,6 +236,7 @@ class StoreWriter:
             if not changed:
                 self.complete, self.shards = complete, whole
                 self._index_sha256 = run.get("index_sha256")
+                self._rejects_sha256 = run.get("rejects_sha256")
                 # An index that run.json does not know of is made again of its parts, and a damaged one of the library.
                 if not complete and index.exists() and checksum(index) != self._index_sha256:
                     index.unlink()
@@ -291,6 +294,7 @@ class StoreWriter:
             "rows": sum(shard.rows for shard in self.shards.values()),
             "shards": [vars(self.shards[number]) for number in sorted(self.shards)],
             "index_sha256": self._index_sha256,
+            "rejects_sha256": self._rejects_sha256,
             **self.details,
         }
         _write_run(self.folder, run)
@@ -322,6 +326,7 @@ class StoreWriter:
                 shutil.copyfileobj(rejects, file)
 
         write_atomically(self.folder / REJECTS_FILE, copy)
+        self._rejects_sha256 = checksum(self.folder / REJECTS_FILE)
 
     def finish(self) -> int:
         """Merges the index, marks the run complete, and tidies up.
@@ -394,6 +399,11 @@ def is_own(name: str) -> bool:
 def is_copy(name: str) -> bool:
     """Whether a file or folder of this name is where `embed --format` and `convert` put a copy."""
     return name in ("offsets.npy", "pt") or bool(_COPY.fullmatch(name))
+
+
+def is_search_index(name: str) -> bool:
+    """Whether a file of this name is one that `search --keep-index` keeps."""
+    return bool(_SEARCH_INDEX.fullmatch(name))
 
 
 def is_temporary(name: str) -> bool:

@@ -143,7 +143,8 @@ class TableSource:
         try:
             return clean_sequence(cell), ()
         except InputError:
-            if self.invalid != "mask":
+            # In FASTA it begins a record, which no mask may hide.
+            if self.invalid != "mask" or ">" in cell:
                 raise
             return clean_sequence(cell, "mask"), ("masked",)
 

@@ -28,6 +28,7 @@ from .store import (
     discard,
     is_copy,
     is_own,
+    is_search_index,
     is_temporary,
     read_run,
     read_shards,
@@ -66,6 +67,7 @@ class Verdict:
         damages: in the order of shards, then the index and the rest.
         notes: what is no damage: checks that the store's version does not allow, leftovers, foreign files.
         discarded: shards that were removed.
+        reopened: the run was marked as not finished, so that it mends what is damaged.
     """
 
     complete: bool
@@ -77,6 +79,7 @@ class Verdict:
     damages: list[Damage] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     discarded: list[int] = field(default_factory=list)
+    reopened: bool = False
 
     @property
     def is_whole(self) -> bool:
@@ -143,6 +146,7 @@ class _Verification:
         self._look_around(complete)
         damages = sorted(self._damages, key=lambda each: (each.shard is None, each.shard or 0))
         discarded: list[int] = []
+        reopened = False
         if remove and damages and self._run["schema_version"] != SCHEMA_VERSION:
             self._notes.append(
                 "nothing was removed: no run goes on with a store of this version; embed with --overwrite"
@@ -151,6 +155,7 @@ class _Verification:
             names = {damage.file for damage in damages}
             discarded = sorted({damage.shard for damage in damages if damage.shard is not None})
             discard(self._folder, set(discarded), index=INDEX_FILE in names)
+            reopened = True
         return Verdict(
             complete,
             self._run["schema_version"],
@@ -161,6 +166,7 @@ class _Verification:
             damages,
             self._notes,
             discarded,
+            reopened,
         )
 
     def _tell(self, file: str, problem: str, shard: Shard | None = None) -> None:
@@ -179,7 +185,7 @@ class _Verification:
 
     def _check_shard(self, shard: Shard) -> None:
         path = self._folder / shard.file
-        problem = self._file_problem(shard.file, shard.size_bytes, shard.sha256)
+        problem = self._file_problem(shard.file, shard.size_bytes, shard.sha256) or self._unknown(shard.sha256)
         if problem is None:
             try:
                 problem = self._content_problem(path, shard)
@@ -203,6 +209,10 @@ class _Verification:
         except OSError as error:
             return f"cannot be read ({error.strerror})"
         return None
+
+    def _unknown(self, sha256: str | None) -> str | None:
+        is_listed = sha256 is not None or self._run["schema_version"] != SCHEMA_VERSION
+        return None if is_listed else f"{RUN_FILE} lists no SHA-256 of it"
 
     def _content_problem(self, path: Path, shard: Shard) -> str | None:
         tensors = read_tensors(path)
@@ -241,6 +251,9 @@ class _Verification:
         """Places of the records left out, from 0."""
         path = self._folder / REJECTS_FILE
         empty = np.empty(0, np.int64)
+        if problem := self._file_problem(REJECTS_FILE, None, self._run.get("rejects_sha256")):
+            self._tell(REJECTS_FILE, problem)
+            return empty
         try:
             with path.open(newline="", encoding="utf-8") as file:
                 rows = csv.reader(file)
@@ -248,16 +261,16 @@ class _Verification:
                     self._tell(REJECTS_FILE, f"begins with {header}; expected record, id, reason")
                     return empty
                 return np.array([int(record) - 1 for record, _, _ in rows], dtype=np.int64)
-        except FileNotFoundError:
-            # It is written before the first shard.
-            self._tell(REJECTS_FILE, "is missing")
         except (OSError, ValueError, csv.Error) as error:
             self._tell(REJECTS_FILE, f"cannot be read ({error})")
         return empty
 
     def _check_index(self, rejected: npt.NDArray[np.int64]) -> int:
         """Returns how many lines there are."""
-        problem = self._file_problem(INDEX_FILE, None, self._run.get("index_sha256"))
+        sha256 = self._run.get("index_sha256")
+        problem = self._file_problem(INDEX_FILE, None, sha256)
+        if problem is None and self._run["complete"]:
+            problem = self._unknown(sha256)
         if problem is None:
             try:
                 table = pq.read_table(self._folder / INDEX_FILE)
@@ -284,7 +297,10 @@ class _Verification:
             line = int((np.diff(position_N, prepend=-1) <= 0).argmax())
             return f"line {line + 1}: position {position_N[line]} does not rise"
         if problem := self._account(position_N, rejected):
-            return problem
+            if self._run.get("index_sha256") is None:
+                return problem
+            # The index is what was written, so it is the other one.
+            self._tell(REJECTS_FILE, problem)
         row_N = table["row"].to_numpy() if has_rows else np.arange(table.num_rows)
         return self._rows_problem(row_N, table["length"].to_numpy())
 
@@ -293,11 +309,11 @@ class _Verification:
         if any(damage.file == REJECTS_FILE for damage in self._damages):
             return None
         if np.intersect1d(position_N, rejected).size:
-            return "lists records that rejects.csv lists as left out"
+            return "there are records that both the index and rejects.csv list"
         last = max(position_N.max(initial=-1), rejected.max(initial=-1))
         if self._settings["shard"][1] == 1 and len(position_N) + len(rejected) != last + 1:
             lost = last + 1 - len(position_N) - len(rejected)
-            return f"{lost:,} records of the library are neither in it nor in rejects.csv"
+            return f"{lost:,} records of the library are neither in the index nor in rejects.csv"
         return None
 
     def _rows_problem(self, row_N: npt.NDArray[np.int64], length_N: npt.NDArray[np.int64]) -> str | None:
@@ -347,6 +363,8 @@ class _Verification:
             elif name.startswith("part-") and is_own(name):
                 why = "left by a killed run" if complete else "not listed yet; the run that goes on sees to it"
                 self._notes.append(f"{name}: {why}")
+            elif is_search_index(name):
+                self._notes.append(f"{name}: of `protnest search --keep-index`, which checks it as it reads it")
             elif is_copy(name):
                 self._notes.append(f"{name}: a copy in another format, not checked")
             elif not is_own(name):

@@ -49,6 +49,8 @@ def _print(console: Console, folder: Path, verdict: Verdict) -> None:
     held = f"{verdict.shards:,} shards, {verdict.rows:,} embeddings, {verdict.records:,} proteins"
     if verdict.discarded:
         line(f"removed {len(verdict.discarded):,} shards; the same `protnest embed` makes these again")
+    elif verdict.reopened:
+        line("marked the run as not finished; the same `protnest embed` mends it, without a model")
     if not verdict.complete:
         line(f"not finished: {held} so far; the same `protnest embed` goes on", "yellow")
     elif verdict.damages:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import h5py
@@ -153,9 +156,14 @@ def test_what_is_there_is_kept(tmp_path: Path, stores: Path, to: str, name: str)
     code, _, error = _run(stores / "residue", "--to", to, "--out", out)
     assert code == 1
     assert f"{tmp_path / name}: is there already: choose another --out or --overwrite" in error
+    if to == "pt":
+        code, _, error = _run(stores / "residue", "--to", to, "--out", out, "--overwrite")
+        assert (code, "holds other things than this store's .pt files (old.pt)" in error) == (1, True)
+        (out / "old.pt").rename(out / "protein0.pt")
     assert _run(stores / "residue", "--to", to, "--out", out, "--overwrite")[0] == 0
     if to == "pt":
         assert len(list(out.iterdir())) == 12
+        assert (out / "protein0.pt").read_bytes() != b"old"
     else:
         assert len(np.load(out)) == sum(map(len, SEQUENCES))
 
@@ -168,13 +176,42 @@ def test_wrong_places_are_refused(tmp_path: Path, stores: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("years")
     code, _, error = _run(stores / "mean", "--to", "pt", "--out", tmp_path / "thesis", "--overwrite")
-    assert (code, "holds other things than .pt files (chapter.txt)" in error) == (1, True)
+    assert (code, "holds other things than this store's .pt files (chapter.txt)" in error) == (1, True)
     (tmp_path / "file").write_text("x")
     code, _, error = _run(stores / "mean", "--to", "pt", "--out", tmp_path / "file", "--overwrite")
     assert (code, "is a file; .pt files are written into a folder" in error) == (1, True)
     code, _, error = _run(stores / "mean", "--to", "csv", "--out", tmp_path / "thesis", "--overwrite")
     assert (code, "is a folder" in error) == (1, True)
+    code, _, error = _run(stores / "mean", "--to", "pt", "--out", "/", "--overwrite")
+    assert (code, "is no name for a copy" in error) == (1, True)
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("to", ["npy", "h5", "h5ad", "csv", "pt", "parquet"])
+def test_a_full_disk_names_the_copy(tmp_path: Path, stores: Path, to: str) -> None:
+    """A real file system, of 16 kB, and a process of its own, which a memory map and HDF5 would both bring down."""
+    if not _may_mount():
+        pytest.skip("a file system of its own cannot be mounted here")
+    model = load_model(stores / "tiny", device="cpu", precision="fp32")
+    embed_library(write_fasta(tmp_path / "in.fasta", random_proteins(300)), tmp_path / "store", Embedder(model))
+    out = tmp_path / "small"
+    out.mkdir()
+    code = "from protnest.engine.cli import main; main()"
+    command = [sys.executable, "-c", code, "convert", str(tmp_path / "store"), "--to", to, "--out", str(out / "copy")]
+    script = f'mount -t tmpfs -o size=16k tmpfs "{out}" && "$@"; code=$?; ls -A "{out}"; exit $code'
+    words = ["unshare", "-m", "sh", "-c", script, "sh", *command]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.search(rf"error: {re.escape(str(out))}/copy\S*: .*", done.stderr), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def _may_mount() -> bool:
+    words = ["unshare", "-m", "sh", "-c", "mount -t tmpfs tmpfs /mnt"]
+    try:
+        return subprocess.run(words, capture_output=True, check=False).returncode == 0
+    except FileNotFoundError:
+        return False
 
 
 def test_a_failed_copy_leaves_nothing(tmp_path: Path, stores: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,9 +229,8 @@ def test_a_failed_copy_leaves_nothing(tmp_path: Path, stores: Path, monkeypatch:
 
 
 def test_names_of_pt_files_never_meet(tmp_path: Path) -> None:
-    seen, taken = formats_module.Counter[str](), set[str]()
     ids = ["x", "x", "x.2", "x", "a/b", "a_b", "", "..", "y" * 400, "y" * 400]
-    stems = [formats_module._stem(each, seen, taken) for each in ids]
+    stems = formats_module._stems(ids)
     assert len(set(stems)) == len(ids)
     assert stems[:6] == ["x", "x.2", "x.2.2", "x.3", "a_b", "a_b.2"]
     assert all(stem.strip(".") and len(stem) < 252 and "/" not in stem for stem in stems)

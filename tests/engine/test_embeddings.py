@@ -8,10 +8,12 @@ from pathlib import Path
 import h5py
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from protnest.engine import Embedder, InputError, embed_library, load_model, read_embeddings, sharded_array
+from protnest.engine import embeddings as embeddings_module
 from protnest.engine import formats as formats_module
 from protnest.engine.formats import check_format, convert
 from protnest.engine.library import LibraryOptions
@@ -62,6 +64,8 @@ def test_array_refuses_what_is_outside(stores: dict[str, Path]) -> None:
             array[key]
     with pytest.raises(IndexError, match="a mask over 23 rows"):
         array[np.array([True, False])]
+    with pytest.raises(IndexError, match=r"array\[3\]\[:5\], not array\[3, :5\]"):
+        array[0, 1]  # type: ignore[index]
     with pytest.raises(IndexError, match="by whole numbers, a slice or a mask, got float64"):
         array[[0.5]]
     with pytest.raises(ValueError, match="always a copy"):
@@ -174,6 +178,25 @@ def test_arrow_batches(stores: dict[str, Path], whole: npt.NDArray[np.float32]) 
     assert table["id"].to_pylist() == residues.ids
     for place in (0, 4, 22):
         assert np.array_equal(np.array(table["embedding"][place].as_py(), np.float32), residues[place])
+
+
+def test_arrow_batches_of_residues_are_bounded(stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By bytes: so many that fit, and at least one protein."""
+    residues = read_embeddings(stores["residue"])
+    assert residues.offsets is not None
+    lengths = np.diff(residues.offsets)
+    most = int(np.median(lengths)) * 3
+    monkeypatch.setattr(embeddings_module, "_ARROW_BYTES", most * 32 * 4)
+    batches = list(residues.to_arrow())
+    assert pa.Table.from_batches(batches)["id"].to_pylist() == residues.ids
+    begin = 0
+    for batch in batches:
+        rows = int(lengths[begin : begin + len(batch)].sum())
+        assert rows <= most or len(batch) == 1
+        begin += len(batch)
+        assert begin == len(residues) or rows + lengths[begin] > most
+    monkeypatch.setattr(embeddings_module, "_ARROW_BYTES", 1)
+    assert [len(batch) for batch in residues.to_arrow()] == [1] * len(residues)
 
 
 def test_what_is_no_store_is_refused(tmp_path: Path, stores: dict[str, Path]) -> None:

@@ -384,7 +384,8 @@ def test_many_copies_stay_in_bounds(tmp_path: Path, plan: EmbedderPlan) -> None:
     run = json.loads((tmp_path / "out" / "run.json").read_text())
     assert [shard["records"] for shard in run["shards"]] == [32, 32, 32, 5]
     assert [shard["rows"] for shard in run["shards"]] == [1, 0, 0, 1]
-    assert result.embedded == 2
+    assert result.embedded == 101
+    assert embed_library(fasta, tmp_path / "out", plan, LibraryOptions(shard_records=2, dedup=True)).resumed == 101
 
 
 def test_dedup_and_array_jobs_do_not_go_together() -> None:

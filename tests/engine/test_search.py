@@ -14,6 +14,7 @@ from protnest.engine.checkpoint import save_checkpoint
 from protnest.engine.cli import app
 from protnest.engine.library import LibraryOptions
 from protnest.engine.search import Hits, Searcher, recall
+from protnest.engine.verify import verify_store
 from typer.testing import CliRunner
 
 from support.families import random_chain, tiny_family
@@ -110,9 +111,14 @@ def test_kept_index_is_used_until_the_store_changes(home: Path) -> None:
     changed = read_embeddings(home / "store")
     changed.run["settings"]["input_fingerprint"] = "another"
     assert Searcher(changed, home / "store").load() is False
-    path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(InputError, match=r"search-cosine-40\.safetensors: .*not a readable"):
-        _searcher(home).load()
+    whole = path.read_bytes()
+    changed_byte = bytes([whole[-9] ^ 1])
+    for damaged in (whole[:-9], whole[:-9] + changed_byte + whole[-8:]):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"search-cosine-40\.safetensors: .*not a readable"):
+            _searcher(home).load()
+    (note,) = verify_store(home / "store").notes
+    assert note == f"{path.name}: of `protnest search --keep-index`, which checks it as it reads it"
     path.unlink()
 
 
@@ -189,6 +195,17 @@ def test_hits_on_standard_output(home: Path) -> None:
     lines = stdout.splitlines()
     assert lines[0] == "query,rank,hit,similarity,row"
     assert lines[1].startswith("query0,1,protein")
+
+
+def test_queries_of_a_table(home: Path, tmp_path: Path) -> None:
+    table = tmp_path / "queries.csv"
+    table.write_text("who,letters\nme,MKTAYIAKQR\n")
+    code, _, output = _run(home, *_given(home), query=str(table))
+    assert (code, "--seq-col names another" in output) == (1, True)
+    words = ["--seq-col", "letters", "--id-col", "who", "-k", "1"]
+    code, stdout, output = _run(home, *_given(home), *words, query=str(table))
+    assert code == 0, output
+    assert stdout.splitlines()[1].startswith("me,1,protein")
 
 
 def test_the_command_keeps_its_index(home: Path) -> None:

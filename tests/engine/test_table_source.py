@@ -190,6 +190,11 @@ def test_rows_at_fault(tmp_path: Path, row: str, name: str, problem: str) -> Non
         assert rejects[0].reason.startswith(problem[:20])
 
 
+def test_no_mask_hides_a_record_within_a_record(tmp_path: Path) -> None:
+    records, rejects = _read_all(TableSource(_csv(tmp_path, "id,sequence\na,MK\nb,MK>c\n"), invalid="mask"))
+    assert ([record.id for record in records], [reject.id for reject in rejects]) == (["a"], ["b"])
+
+
 def test_x_of_the_table_is_not_flagged_as_masked(tmp_path: Path) -> None:
     source = TableSource(_csv(tmp_path, "id,sequence\na,MXx\nb,MX-*\nc,x?\n"), invalid="mask")
     assert [(each.sequence, each.flags) for each in source.read()] == [

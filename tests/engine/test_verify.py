@@ -146,9 +146,9 @@ def test_what_is_discarded_is_made_again_bit_for_bit(tmp_path: Path, stores: _St
     assert not again.complete
     assert again.shards == verdict.shards - len(expected)
 
-    rows = {shard["number"]: shard["rows"] for shard in json.loads(whole["run.json"])["shards"]}
+    records = {shard["number"]: shard["records"] for shard in json.loads(whole["run.json"])["shards"]}
     embedded = stores.embed(folder, kind)
-    assert embedded == sum(rows[number] for number in expected)
+    assert embedded == sum(records[number] for number in expected)
     assert _contents(folder) == whole
     assert verify_store(folder).is_whole
 
@@ -288,7 +288,11 @@ def _drop_line(columns: dict[str, list[Any]]) -> None:
     [
         ("mean", lambda columns: columns["position"].__setitem__(3, 2), "line 4: position 2 does not rise"),
         ("mean", lambda columns: columns["position"].__setitem__(19, 40), "20 records of the library are neither"),
-        ("mean", lambda columns: columns["position"].__setitem__(9, 9), "records that rejects.csv lists as left out"),
+        (
+            "mean",
+            lambda columns: columns["position"].__setitem__(9, 9),
+            "records that both the index and rejects.csv list",
+        ),
         ("mean", lambda columns: columns["row"].__setitem__(3, 2), "line 4: row 2 is not the one that follows"),
         ("mean", _drop_line, "19 lines; the shards have 20 records"),
         ("dedup", lambda columns: columns["row"].__setitem__(3, 9), "line 4: row 9 is not the one that follows"),
@@ -352,9 +356,15 @@ def test_unreadable_run_json_is_an_error(tmp_path: Path, stores: _Stores) -> Non
 )
 def test_rejects_are_read(tmp_path: Path, stores: _Stores, text: str, message: str) -> None:
     folder = stores.copy("mean", tmp_path / "store")
+    _forget_rejects(folder)
     (folder / "rejects.csv").write_text(text)
     (told,) = _problems(verify_store(folder))
     assert re.search(rf"rejects\.csv: {message}", told)
+
+
+def _forget_rejects(folder: Path) -> None:
+    """As the first stores of version 2 were: their rejects have no checksum."""
+    _change_run(folder, lambda run: run.pop("rejects_sha256"))
 
 
 def test_a_lost_reject_is_missed(tmp_path: Path, stores: _Stores) -> None:
@@ -362,9 +372,42 @@ def test_a_lost_reject_is_missed(tmp_path: Path, stores: _Stores) -> None:
     folder = stores.copy("mean", tmp_path / "store")
     with (folder / "rejects.csv").open() as file:
         header, _ = csv.reader(file)
+    _forget_rejects(folder)
     (folder / "rejects.csv").write_text(",".join(header) + "\n")
     (told,) = _problems(verify_store(folder))
-    assert told == "index.parquet: 1 records of the library are neither in it nor in rejects.csv"
+    assert told == "rejects.csv: 1 records of the library are neither in the index nor in rejects.csv"
+
+
+@pytest.mark.parametrize("harm", ["lost", "invented", "changed", "of a record that is there"])
+def test_rejects_that_are_not_those_of_the_run(tmp_path: Path, stores: _Stores, harm: str) -> None:
+    """They are told, not the index beside them, and the same run writes them again."""
+    folder = stores.copy("mean", tmp_path / "store")
+    whole = _contents(folder)
+    path = folder / "rejects.csv"
+    header, reject = path.read_text().splitlines()
+    lines = {
+        "lost": [header],
+        "invented": [header, reject, "99,q,nonsense"],
+        "changed": [header, reject.replace(",p", ",q")],
+        "of a record that is there": [header, reject, "1,p0,nonsense"],
+    }
+    path.write_text("\n".join(lines[harm]) + "\n")
+    assert _problems(verify_store(folder)) == ["rejects.csv: its SHA-256 is not that of what was written"]
+    verdict = verify_store(folder, remove=True)
+    assert (verdict.discarded, verdict.reopened) == ([], True)
+    assert (folder / "index.parquet").read_bytes() == whole["index.parquet"]
+    assert stores.embed(folder, "mean") == 0
+    assert _contents(folder) == whole
+
+
+@pytest.mark.parametrize("name", ["index.parquet", "part-00001.safetensors"])
+def test_checksums_that_are_gone_from_the_list(tmp_path: Path, stores: _Stores, name: str) -> None:
+    folder = stores.copy("mean", tmp_path / "store")
+    if name == "index.parquet":
+        _change_run(folder, lambda run: run.update(index_sha256=None))
+    else:
+        _change_run(folder, lambda run: run["shards"][1].update(sha256=None))
+    assert _problems(verify_store(folder)) == [f"{name}: run.json lists no SHA-256 of it"]
 
 
 def _unfinish(folder: Path, shards: int) -> None:

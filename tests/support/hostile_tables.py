@@ -92,7 +92,8 @@ def _judge(number: int, row: list[str], width: int, id_place: int | None, sequen
     if row[sequence_place].strip() in _NOTHING:
         return nothing
     residues, masked = clean(row[sequence_place])
-    return Expected(id=name, header=name, clean=residues, masked=masked)
+    # As in FASTA: a record that begins inside another one is not hidden behind an X.
+    return Expected(id=name, header=name, clean=residues, masked=None if ">" in row[sequence_place] else masked)
 
 
 _COLUMNS = [
