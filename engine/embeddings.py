@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 _NEAR = 3
 _COMPARED = 2000
-_ARROW_BYTES = 64 << 20
 """Ids that a missing one is held against for likeness, which takes about a tenth of a second."""
+_ARROW_BYTES = 64 << 20
+"""Most residues' embeddings in an Arrow batch, unless one protein has more."""
 
 
 class Embeddings:
