@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from .errors import InputError
 from .sharded_array import GatheredArray, RowArray, Rows, ShardedArray
-from .store import INDEX_FILE, STORAGE_DTYPES, read_run, read_shards
+from .store import INDEX_FILE, STORAGE_DTYPES, read_run, read_settings, read_shards
 
 if TYPE_CHECKING:
     import anndata
@@ -50,7 +50,7 @@ class Embeddings:
             done = sum(shard.rows for shard in shards)
             message = f"is not finished ({done} rows so far): run the same `protnest embed` again to go on"
             raise InputError(message, file=folder)
-        settings = self.run["settings"]
+        settings = read_settings(folder, self.run)
         files = [folder / shard.file for shard in shards]
         self._stored = ShardedArray(files, settings["width"], STORAGE_DTYPES[settings["storage_dtype"]])
         self.array: RowArray = self._stored

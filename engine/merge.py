@@ -27,6 +27,7 @@ from .store import (
     StoreWriter,
     checksum,
     read_run,
+    read_settings,
     read_shards,
     write_index,
 )
@@ -116,8 +117,9 @@ def _read_job(folder: Path) -> Job:
     if run["schema_version"] != SCHEMA_VERSION:
         message = f"has schema version {run['schema_version']}, without checksums; only {SCHEMA_VERSION} is merged"
         raise InputError(message, file=folder)
+    settings = read_settings(folder, run)
     if not run["complete"]:
-        index, count = run["settings"]["shard"]
+        index, count = settings["shard"]
         message = f"--shard {index}/{count} is not finished: run its `protnest embed` again, then merge"
         raise InputError(message, file=folder)
     return Job(folder, run, read_shards(folder, run))

@@ -442,7 +442,43 @@ def read_shards(folder: Path, run: dict[str, Any]) -> list[Shard]:
         InputError: they are not listed as this release lists them.
     """
     try:
-        return [Shard(**shard) for shard in run["shards"]]
+        shards = [Shard(**shard) for shard in run["shards"]]
     except TypeError as error:
         message = f"not a readable run ({error})"
         raise InputError(message, file=folder / RUN_FILE) from error
+    for shard in shards:
+        records = 0 if shard.records is None else shard.records
+        if not all(_is_count(each) for each in (shard.number, shard.rows, shard.size_bytes, records)):
+            message = f"not a readable run (of shard {shard.number!r} the list has no whole numbers)"
+            raise InputError(message, file=folder / RUN_FILE)
+    return shards
+
+
+def read_settings(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
+    """The settings that run.json names, as `read_run` gave it; what a store is read by is among them.
+
+    Raises:
+        InputError: it is not.
+    """
+    settings: dict[str, Any] = run["settings"]
+    try:
+        index, count = settings["shard"]
+        is_right = {
+            "width": _is_count(settings["width"]) and settings["width"] > 0,
+            "pool": isinstance(settings["pool"], str),
+            "storage_dtype": settings["storage_dtype"] in STORAGE_DTYPES,
+            "shard": _is_count(index) and _is_count(count) and 1 <= index <= count,
+            "long": isinstance(settings["long"], str),
+            "max_residues": _is_count(settings["max_residues"]),
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        message = f"not a readable run (settings: {error!r})"
+        raise InputError(message, file=folder / RUN_FILE) from error
+    if wrong := [name for name, right in is_right.items() if not right]:
+        message = f"not a readable run (settings: {wrong[0]} is {settings[wrong[0]]!r})"
+        raise InputError(message, file=folder / RUN_FILE)
+    return settings
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0

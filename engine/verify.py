@@ -31,6 +31,7 @@ from .store import (
     is_search_index,
     is_temporary,
     read_run,
+    read_settings,
     read_shards,
 )
 
@@ -121,7 +122,7 @@ class _Verification:
     def __init__(self, folder: Path, follow: Follower) -> None:
         self._folder = folder
         self._run = read_run(folder)
-        self._settings = self._run["settings"]
+        self._settings = read_settings(folder, self._run)
         self._shards = read_shards(folder, self._run)
         self._damages: list[Damage] = []
         self._notes: list[str] = []

@@ -125,6 +125,7 @@ def test_options_reach_the_run(tmp_path: Path, fasta: Path, model: str) -> None:
         ["embed", "x.csv", "--out", "o", "--offset", "23"],
         ["embed", "x.fasta", "--out", "o", "--chain", "nano", "--layer", "2"],
         ["embed", "x.fasta", "--out", "o", "--layer", "last"],
+        ["embed", "x.fasta", "--out", "o", "--format", "lance"],
         ["nonsense"],
     ],
 )

@@ -15,9 +15,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from protnest.engine import Embedder, InputError, embed_library, load_model
+from protnest.engine import Embedder, InputError, embed_library, load_model, read_embeddings
 from protnest.engine.cli import app
 from protnest.engine.library import LibraryOptions
+from protnest.engine.merge import merge_stores
 from protnest.engine.run_folder import lock_folder
 from protnest.engine.store import StoreWriter, checksum, discard
 from protnest.engine.verify import Verdict, verify_store
@@ -398,6 +399,46 @@ def test_rejects_that_are_not_those_of_the_run(tmp_path: Path, stores: _Stores, 
     assert (folder / "index.parquet").read_bytes() == whole["index.parquet"]
     assert stores.embed(folder, "mean") == 0
     assert _contents(folder) == whole
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda run: run["settings"].pop("width"), "KeyError.'width'."),
+        (lambda run: run["settings"].update(width="32"), "width is '32'"),
+        (lambda run: run["settings"].update(width=0), "width is 0"),
+        (lambda run: run["settings"].update(pool=None), "pool is None"),
+        (lambda run: run["settings"].update(storage_dtype="fp9"), "storage_dtype is 'fp9'"),
+        (lambda run: run["settings"].update(storage_dtype=[]), "TypeError"),
+        (lambda run: run["settings"].update(shard=[0, 0]), r"shard is \[0, 0\]"),
+        (lambda run: run["settings"].update(shard=[2, 1]), r"shard is \[2, 1\]"),
+        (lambda run: run["settings"].update(shard=[1]), "ValueError"),
+        (lambda run: run["settings"].update(long=3), "long is 3"),
+        (lambda run: run["settings"].update(max_residues=1.5), "max_residues is 1.5"),
+        (lambda run: run.update(settings={}), "KeyError.'shard'."),
+        (lambda run: run.update(settings=[]), "TypeError"),
+        (lambda run: run["shards"][0].update(rows="7"), "of shard 0 the list has no whole numbers"),
+        (lambda run: run["shards"][1].update(number=None), "of shard None the list"),
+        (lambda run: run["shards"][1].update(size_bytes=None), "of shard 1 the list"),
+        (lambda run: run["shards"][1].update(records=-1), "of shard 1 the list"),
+        (lambda run: run["shards"][1].update(colour="red"), "colour"),
+        (lambda run: run["shards"].append(3), "not int"),
+    ],
+)
+def test_a_damaged_list_is_told_by_all_who_read_it(
+    tmp_path: Path, stores: _Stores, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    folder = stores.copy("mean", tmp_path / "store")
+    _change_run(folder, change)
+    readers: list[Callable[[], object]] = [
+        lambda: verify_store(folder),
+        lambda: read_embeddings(folder),
+        lambda: merge_stores([folder], tmp_path / "merged"),
+    ]
+    for read in readers:
+        with pytest.raises(InputError, match=rf"run\.json: not a readable run .*{message}"):
+            read()
+    assert not (tmp_path / "merged").exists()
 
 
 @pytest.mark.parametrize("name", ["index.parquet", "part-00001.safetensors"])
