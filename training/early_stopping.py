@@ -74,7 +74,8 @@ def _guarded(path: Path, write: Callable[[Path], object]) -> None:
     try:
         write_atomically(path, write)
     except (OSError, RuntimeError, SafetensorError) as error:
-        message = f"cannot be written ({str(error).splitlines()[0]}); the last checkpoint of the run is kept"
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        message = f"cannot be written ({reason}); the last checkpoint of the run is kept"
         raise InputError(message, file=path) from error
 
 

@@ -369,7 +369,7 @@ def test_equal_sequences_are_embedded_once(tmp_path: Path, plan: EmbedderPlan) -
     options = LibraryOptions(shard_records=3, dedup=True)
     result = embed_library(fasta, tmp_path / "out", plan, options)
     embed_library(once, tmp_path / "once", plan, LibraryOptions(shard_records=3))
-    assert (result.survey.records, result.survey.rows, result.embedded) == (13, 7, 7)
+    assert (result.survey.records, result.survey.rows, result.embedded) == (13, 7, 13)
     assert result.survey.work == sum(map(len, different))
     for path in (tmp_path / "once").glob("part-*.safetensors"):
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()

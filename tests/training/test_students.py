@@ -120,7 +120,9 @@ def test_a_full_disk_is_told_clearly(tmp_path: Path, monkeypatch: pytest.MonkeyP
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("protnest.engine.checkpoint.save_file", full)
-    with pytest.raises(InputError, match=r"the model cannot be written \(.*No space left on device\)"):
+    with pytest.raises(
+        InputError, match=r"the model cannot be written \(.*No space left on device: '.*model.safetensors'\)"
+    ):
         save_student(toy_encoder(), tmp_path)
 
 
