@@ -18,6 +18,10 @@ from .product import Levels, Product
 LEVELS = ("portable", "v3", "v4", "v4_bf16")
 """Generations that the kernels are compiled for, slowest first: plain vectors, AVX2, AVX-512, AVX-512 with bf16."""
 
+_USUAL = "v4"
+"""The highest that runs unasked. Pairs of bf16 take 1.5 times as long as fp32 factors on the one processor with units
+for them that was measured (benchmarks/README.md)."""
+
 _SWITCH = "PROTNEST_CPU_LEVEL"
 
 
@@ -32,7 +36,7 @@ def cpu_level() -> str:
         ValueError: it names no level, or one that this processor lacks.
     """
     best: str = module().best_level()
-    wanted = os.environ.get(_SWITCH, "") or best
+    wanted = os.environ.get(_SWITCH, "") or min(best, _USUAL, key=LEVELS.index)
     if wanted not in LEVELS or LEVELS.index(wanted) > LEVELS.index(best):
         allowed = ", ".join(LEVELS[: LEVELS.index(best) + 1])
         message = f"{_SWITCH}={wanted}: this processor runs {allowed}"

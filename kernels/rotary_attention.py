@@ -10,8 +10,8 @@ Implementations:
     reference  `apply_rotary` and softmax written out per sequence (fp64 gives the gold of the tests).
     torch      `apply_rotary`, then `varlen_attention`: differentiable, any device.
     cpu        csrc/rotary_attention.cpp: flash-style tiles in the first-level cache, softmax in fp32 lane by lane, for
-               AVX-512, AVX2 and plain vectors, chosen when it runs; bf16 factors in pairs where the processor has units
-               for them. fp32 or bf16; even head widths from 8 (multiples of 8 waste nothing). No gradients; the bits
+               AVX-512, AVX2 and plain vectors, chosen when it runs; at level v4_bf16, on request, factors in pairs of
+               bf16. fp32 or bf16; even head widths from 8 (multiples of 8 waste nothing). No gradients; the bits
                of a sequence's result are the same whatever its neighbours and the number of threads.
     triton     kernels/gpu/rotary_attention.py, for narrow heads and for GPUs on which torch has no varlen attention;
                no gradients.
