@@ -6,6 +6,7 @@ Shapes: N rows, O outputs.
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -253,11 +254,24 @@ def _fresh_level() -> Any:
 @pytest.mark.usefixtures("_fresh_level")
 def test_the_best_level_unless_another_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     best = module().best_level()
-    for wanted, expected in (("", best), ("portable", "portable"), (best, best)):
+    usual = min(best, "v4", key=LEVELS.index)
+    for wanted, expected in (("", usual), ("portable", "portable"), (best, best)):
         monkeypatch.setenv("PROTNEST_CPU_LEVEL", wanted)
         cpu_level.cache_clear()
         assert cpu_level() == expected
     monkeypatch.delenv("PROTNEST_CPU_LEVEL")
+    cpu_level.cache_clear()
+    assert cpu_level() == usual
+
+
+@needs_extension
+@pytest.mark.usefixtures("_fresh_level")
+@pytest.mark.parametrize("best", LEVELS)
+def test_pairs_of_bf16_run_on_request_alone(best: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_kernels, "module", lambda: SimpleNamespace(best_level=lambda: best))
+    monkeypatch.delenv("PROTNEST_CPU_LEVEL", raising=False)
+    assert cpu_level() == ("v4" if best == "v4_bf16" else best)
+    monkeypatch.setenv("PROTNEST_CPU_LEVEL", best)
     cpu_level.cache_clear()
     assert cpu_level() == best
 
