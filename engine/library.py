@@ -265,11 +265,6 @@ def most_residues(*, width: int, pool: str, is_chain: bool) -> int:
     return SHARD_RESIDUES
 
 
-def _records(shard: Shard) -> int:
-    """Proteins that have their embeddings in a shard, or with `dedup` in one before it."""
-    return shard.rows if shard.records is None else shard.records
-
-
 class _Run:
     """Embeds the shards that a store lacks."""
 
@@ -288,7 +283,7 @@ class _Run:
         self._options = options
         self._survey = survey
         self._progress = progress
-        self._resumed = sum(_records(shard) for shard in store.shards.values())
+        self._resumed = sum(shard.proteins for shard in store.shards.values())
         self._embedded = self._residues = 0
         self._flags: Counter[str] = Counter()
         self._workers, self._restarts = 1, 0
@@ -370,7 +365,7 @@ class _Run:
 
     def _finish(self, job: ShardJob, shard: Shard) -> None:
         self._store.add(shard)
-        self._embedded += _records(shard)
+        self._embedded += shard.proteins
         self._residues += sum(len(record.sequence) for record in job.fresh)
         self._flags.update(itertools.chain.from_iterable(entry.flags for entry in job.entries))
 

@@ -101,6 +101,11 @@ class Shard:
     index_sha256: str | None = None
 
     @property
+    def proteins(self) -> int:
+        """Those that have their embeddings in it, or with --dedup in a shard before it; of version 1, too."""
+        return self.rows if self.records is None else self.records
+
+    @property
     def file(self) -> str:
         return f"part-{self.number:05d}.safetensors"
 
@@ -447,8 +452,7 @@ def read_shards(folder: Path, run: dict[str, Any]) -> list[Shard]:
         message = f"not a readable run ({error})"
         raise InputError(message, file=folder / RUN_FILE) from error
     for shard in shards:
-        records = 0 if shard.records is None else shard.records
-        if not all(_is_count(each) for each in (shard.number, shard.rows, shard.size_bytes, records)):
+        if not all(_is_count(each) for each in (shard.number, shard.rows, shard.size_bytes, shard.proteins)):
             message = f"not a readable run (of shard {shard.number!r} the list has no whole numbers)"
             raise InputError(message, file=folder / RUN_FILE)
     return shards

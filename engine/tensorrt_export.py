@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from .atomic import naming, replacing, write_atomically
+from .atomic import replacing, write_atomically
 from .chain import Chain
 from .encoder import Encoder
 from .errors import InputError
@@ -96,8 +96,7 @@ def export_tensorrt(
     }
     engine = network.build(chosen if target == "tensorrt-rtx" else (), ranges)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with naming(path):
-        _write(path, engine, facts)
+    _write(path, engine, facts)
     return facts
 
 

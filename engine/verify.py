@@ -290,7 +290,7 @@ class _Verification:
         if not table.schema.equals(schema):
             return f"has the columns {', '.join(table.schema.names)}; expected {', '.join(schema.names)}"
         if self._run["complete"]:
-            records = sum(shard.rows if shard.records is None else shard.records for shard in self._shards)
+            records = sum(shard.proteins for shard in self._shards)
             if table.num_rows != records:
                 return f"has {table.num_rows:,} lines; the shards have {records:,} records"
         position_N = table["position"].to_numpy()
@@ -328,7 +328,7 @@ class _Verification:
             return f"line {line + 1}: row {row_N[line]} is not the one that follows"
         if not self._run["complete"]:
             return None  # Shards that are gone leave their lines.
-        ends = np.cumsum([0, *(shard.rows if shard.records is None else shard.records for shard in self._shards)])
+        ends = np.cumsum([0, *(shard.proteins for shard in self._shards)])
         rows = np.cumsum([0, *(shard.rows for shard in self._shards)])
         for place, shard in enumerate(self._shards):
             found = int(highest_N[ends[place + 1] - 1]) + 1
